@@ -1,0 +1,37 @@
+# tenbit: `make demo` and `make test` are all a newcomer needs. Everything lives in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# constraints.txt pins the torch that was tested here. `make TORCH_CONSTRAINTS= demo` takes whatever pip finds.
+TORCH_CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_CONSTRAINTS),-c $(TORCH_CONSTRAINTS))
+
+.PHONY: demo test lint install bench gpu-check clean help
+
+help:            ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+demo: $(STAMP)   ## fine-tune the built-in model by RL in FP16 and draw the run
+	$(BIN)/tenbit train recipes/demo.toml
+
+test: $(STAMP)   ## the test suite
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)   ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+install: $(STAMP) ## make .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a minute or two) ..."
+	@$(PIP) torch
+	@$(PIP) -e '.[dev]'
+	@touch $(STAMP)
+
+clean:           ## remove .venv and caches, not your runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

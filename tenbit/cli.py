@@ -1,0 +1,153 @@
+"""The command line: `tenbit train`, `report`, `recipes`, `algorithms`, `precisions`.
+
+Bad input ends with one message that names the file, the key and the remedy, and exit status 2; a stopped run that
+can go on ends with 130. `TENBIT_TRACEBACK=1` shows where an error came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="RL fine-tuning of language models in FP16, where the sampler and the trainer run the same policy.",
+)
+BAD_INPUT, STOPPED = 2, 130
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/demo.toml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optim.lr=2e-5")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the run folder; else runs/NAME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of the run folder")] = False,
+) -> None:
+    """Fine-tune a model by reinforcement learning as a recipe says."""
+    from tenbit.loop import Interrupted
+    from tenbit.loop import train as run_training
+    from tenbit.recipe import Recipe
+    from tenbit.report import write_report
+    from tenbit.runlog import default_console, show_summary
+
+    console = default_console()
+    try:
+        folder = run_training(Recipe.load(recipe, overrides or []), out, resume=resume, console=console)
+    except Interrupted as stop:
+        write_report(stop.folder)
+        again = ["tenbit", "train", str(recipe), *(overrides or []), "--out", str(stop.folder), "--resume"]
+        console.print(
+            Text(f"Stopped after step {stop.step}. To go on:"), Text(shlex.join(again), style="bold"), sep="\n  "
+        )
+        raise typer.Exit(STOPPED) from None
+    write_report(folder)
+    show_summary(folder, console)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run folder, finished or not")],
+    out: Annotated[Path | None, typer.Option(help="the page; else report.html in the folder")] = None,
+) -> None:
+    """Draw a run folder as one self-contained HTML page."""
+    from tenbit.report import write_report
+
+    print(write_report(run, out))
+
+
+@app.command()
+def recipes(folder: Annotated[Path, typer.Argument(help="where to look")] = Path("recipes")) -> None:
+    """List the recipes in a folder."""
+    files = sorted(folder.glob("*.toml"))
+    if not files:
+        raise ValueError(f"{folder}: no recipes (*.toml) here. Name the folder that holds them: tenbit recipes FOLDER")
+    rows = []
+    for file in files:
+        text = file.read_text()
+        first = next((line for line in text.splitlines() if line.startswith("#")), "#")
+        tree = tomllib.loads(text)
+        precision = tree.get("precision", "fp16")
+        shown = precision if isinstance(precision, str) else precision.get("preset", "table")
+        rows.append((str(file), shown, tree.get("algorithm", {}).get("name", "pg-is"), first.lstrip("# ")))
+    _print_table(("recipe", "precision", "algorithm", "what it does"), rows)
+
+
+@app.command()
+def algorithms() -> None:
+    """List the algorithms and what each is made of."""
+    from tenbit.algorithms import ALGORITHMS
+
+    rows = []
+    for name, a in ALGORITHMS.items():
+        correction = getattr(a.objective, "correction", None)
+        weight = f"{correction.level} {correction.beyond}" if correction else "–"
+        bounds = f" [{correction.floor:g}, {correction.cap:g}]" if correction and correction.beyond != "keep" else ""
+        passes = "2" if a.needs_old else "1"
+        kind = type(a.objective).__name__
+        rows.append((name, a.equation, kind, weight + bounds, a.advantage, a.reduction, passes))
+    heads = ("algorithm", "source", "objective", "correction π/μ", "advantage", "reduction", "passes")
+    _print_table(heads, rows)
+
+
+@app.command()
+def precisions() -> None:
+    """List the number formats and the presets, and the plan that each preset stands for."""
+    from tenbit.precision import Format, Precision
+    from tenbit.runlog import plan_table
+
+    rows = [
+        (
+            f.value,
+            f"{f.exponent_bits} / {f.mantissa_bits}",
+            f"{f.smallest_normal:.1e}",
+            f"{f.smallest_subnormal:.1e}",
+            f"{f.largest:.4g}",
+            f"1 + 2^-{f.mantissa_bits}",
+        )
+        for f in Format
+    ]
+    heads = ("format", "exponent / mantissa bits", "smallest normal", "subnormal", "largest", "next above 1")
+    _print_table(heads, rows)
+    console = Console(highlight=False)
+    console.print("\nA preset is a format, or training/rollout: fp16, bf16, fp32, bf16/fp32, ... The default, fp16:\n")
+    console.print(plan_table(Precision.parse("fp16"), {}))
+
+
+def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    for i, head in enumerate(heads):
+        table.add_column(head, style="bold" if i == 0 else "", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(highlight=False).print(table)
+
+
+def main() -> None:
+    """Entry point: user errors become one message and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except ValueError as error:
+        if os.environ.get("TENBIT_TRACEBACK"):
+            raise
+        print(f"tenbit: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("tenbit: stopped at once; the last checkpoint is what a resumed run goes on from", file=sys.stderr)
+        sys.exit(STOPPED)

@@ -1,0 +1,61 @@
+"""The mismatch of several formats on the same weights: the engine samples, the backend scores the same tokens.
+
+Each format gets an engine and a backend of its own, made from the same FP32 weights; prompts and seeds are equal.
+The numbers are those of `mismatch.py`; the paper's finding is that FP16's are far smaller than BF16's (Figure 2).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tenbit import mismatch
+from tenbit.backends.single import SingleBackend
+from tenbit.batching import Row, collate, micro_batches
+from tenbit.engines.torch import TorchEngine
+from tenbit.models.loading import Model
+from tenbit.precision import Precision
+from tenbit.recipe import Recipe
+from tenbit.rollout import Asked, seed_of
+from tenbit.types import Problem, Prompt, Rollout
+
+
+def make_engine(recipe: Recipe, model: Model, precision: Precision) -> TorchEngine:
+    """The engine of a recipe, still without weights."""
+    return TorchEngine(
+        model.module.config,
+        precision,
+        device=model.device,
+        max_batch=recipe.rollout.max_batch,
+        pad_token_id=model.pad_token_id,
+    )
+
+
+def compare(recipe: Recipe, model: Model, asked: Sequence[Asked]) -> Iterator[dict[str, Any]]:
+    """One row of mismatch metrics for each of `compare.precisions`. `model` holds FP32 weights and is not changed.
+
+    Raises RuntimeError from the engine if the model overflows in a format.
+    """
+    chosen = asked[: recipe.compare.prompts]
+    prompts = [
+        Prompt(a.ids, seed_of(recipe.seed, "compare", place, sample))
+        for place, a in enumerate(chosen)
+        for sample in range(recipe.compare.samples)
+    ]
+    for name in recipe.compare.precisions:
+        precision = Precision.parse(name)
+        own = replace(model, module=copy.deepcopy(model.module))
+        backend = SingleBackend(own, precision, recipe.optim, recipe.rollout.temperature, 1)
+        with make_engine(recipe, model, precision) as engine:
+            engine.load_weights(precision.to_engine(backend.weights()), version=0)
+            completions = engine.generate(prompts, recipe.sampling(model.stop_token_ids))
+        nothing = Problem("", "", "")
+        rows = [Row(Rollout(nothing, c, "", 0.0, False, 0), 0.0) for c in completions]
+        seen = mismatch.Mismatch()
+        for part in micro_batches([r.length for r in rows], recipe.optim.token_budget)[0]:
+            batch = collate([rows[i] for i in part], model.pad_token_id)
+            seen += mismatch.measure(backend.logprobs(batch).cpu(), batch.logp_rollout, batch.mask)
+        tokens = sum(c.length for c in completions)
+        yield {"precision": precision.name, **seen.metrics(), "tokens": tokens, "sequences": len(rows)}

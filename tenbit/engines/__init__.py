@@ -1,0 +1,39 @@
+"""Engines sample: they are the rollout policy mu. One small protocol; `torch.py` is built in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from tenbit.types import Completion, Prompt, Sampling
+
+
+class Engine(Protocol):
+    """Draws responses and scores tokens under the weights it last received. A context manager."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in the order of the prompts."""
+        ...
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: Sampling) -> list[Tensor]:
+        """log mu of each response token, ``[T]`` float32 on the CPU per (prompt ids, response ids) pair."""
+        ...
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes a full state dict in place of the current one. Raises ValueError on a missing or unknown name."""
+        ...
+
+    def live(self) -> Iterator[tuple[str, str, Tensor]]:
+        """``("rollout", name, tensor)`` for every weight it computes with, for `Precision.verify`."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,1 @@
+"""Language models: loading, log-probabilities in chunks, and the small model that comes with the package."""

@@ -1,0 +1,145 @@
+"""Models and tokenizers from Hugging Face folders, as FP32 masters, with what a run must know about them.
+
+A folder is opened once: `Model` holds the module, the tokenizer, the stop tokens and the context length. `model.path =
+"builtin"` is the small Qwen2 that comes with the package (`tenbit/models/builtin/README.md`).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tenbit.models.logprobs import Head
+from tenbit.precision import Format
+from tenbit.recipe import ModelSpec
+
+BUILTIN = Path(__file__).parent / "builtin"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model with FP32 weights, and its tokenizer."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+    context: int
+    device: torch.device
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' -> CUDA where there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"model.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """Raises ValueError if there is none at `model.path`, or if it has no pad token."""
+    path = model_folder(spec.path)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path = {spec.path!r}: no tokenizer could be loaded: {_first_line(error)}") from None
+    if spec.pad_token is not None:
+        if tokenizer.convert_tokens_to_ids(spec.pad_token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"model.pad_token = {spec.pad_token!r} is not in the tokenizer's vocabulary")
+        tokenizer.pad_token = spec.pad_token
+    if tokenizer.pad_token_id is None:
+        hint = tokenizer.eos_token or "<|endoftext|>"
+        raise ValueError(
+            f"model.path = {spec.path!r}: its tokenizer has no pad token. Name one of its tokens in the recipe, "
+            f"for example model.pad_token = {hint!r}"
+        )
+    return tokenizer
+
+
+def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = ()) -> Model:
+    """Opens a model for training: FP32 weights on its device. Raises ValueError with the key and the remedy."""
+    device = resolve_device(spec.device)
+    path = model_folder(spec.path)
+    tokenizer = load_tokenizer(spec)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=Format.FP32.dtype, attn_implementation=spec.attention
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model.path = {spec.path!r} could not be loaded: {_first_line(error)}") from None
+    module.to(device)
+    if spec.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module.train()
+    _refuse_dropout(module, spec)
+    _check_head(module)
+    stop = _stop_tokens(module, tokenizer, extra_stop_tokens)
+    context = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return Model(module, tokenizer, stop, int(tokenizer.pad_token_id), context, device)
+
+
+def model_folder(path: str) -> str:
+    """'builtin' -> the package's own folder; a path that looks like a folder must be there."""
+    if path == "builtin":
+        return str(BUILTIN)
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+        raise ValueError(f"model.path = {path!r}: there is no such folder")
+    return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+
+
+def _refuse_dropout(module: PreTrainedModel, spec: ModelSpec) -> None:
+    """The engine samples without dropout; a trainer with it would be another policy."""
+    config = module.config.get_text_config()
+    for key, value in vars(config).items():
+        if "dropout" in key and isinstance(value, float) and value > 0:
+            raise ValueError(
+                f"model.path = {spec.path!r}: its config has {key} = {value}, but the sampler uses no dropout, so the "
+                f"two would be different policies. Set {key} to 0 in its config.json"
+            )
+
+
+@torch.no_grad()
+def _check_head(module: PreTrainedModel) -> None:
+    """Our logits from hidden states must be the architecture's own, or training would optimise another policy."""
+    embedding: Any = module.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    ids = torch.arange(1, 9, device=module.device).remainder(vocabulary)[None]
+    theirs = module(input_ids=ids, use_cache=False).logits.float()
+    hidden = module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = Head.of(module, Format.FP32.dtype).logits(hidden)
+    if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max().clamp(min=1))):
+        raise ValueError(
+            f"model.path: {module.config.model_type} does something to its logits that tenbit does not know; "
+            "its log-probabilities would be wrong"
+        )
+
+
+def _stop_tokens(module: PreTrainedModel, tokenizer: Any, extra: tuple[str, ...]) -> tuple[int, ...]:
+    """End-of-sequence tokens of the generation config and of the tokenizer, and the recipe's."""
+    ids: list[int] = []
+    declared = getattr(module.generation_config, "eos_token_id", None)
+    for value in (declared if isinstance(declared, list) else [declared], [tokenizer.eos_token_id]):
+        ids += [v for v in value if v is not None]
+    for token in extra:
+        number = tokenizer.convert_tokens_to_ids(token)
+        if number is None or number == tokenizer.unk_token_id:
+            raise ValueError(f"rollout.stop_tokens: {token!r} is not a token of the model's vocabulary")
+        ids.append(number)
+    if not ids:
+        log.warning("the model names no end-of-sequence token: every response will run to rollout.max_tokens")
+    return tuple(dict.fromkeys(ids))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,111 @@
+"""Run folder -> one self-contained HTML page.
+
+    write_report(Path("runs/demo"))        # runs/demo/report.html
+
+The page reads without a network and without JavaScript; a small script adds the numbers of the step under the
+pointer, in all figures at once. Everything that came from a model, a data set or a recipe is escaped, and the
+page's content-security policy allows that one script only.
+
+    reading  the folder, as one value          axis, svg, chart   series -> drawing
+    figures  metrics -> figures, in sections   words, verdict     numbers and sentences
+    compare  formats on the same weights       page.html.jinja    the page
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tenbit.report import axis
+from tenbit.report.chart import draw
+from tenbit.report.compare import compare
+from tenbit.report.figures import sections
+from tenbit.report.reading import Run, read_run
+from tenbit.report.verdict import key_numbers, verdict
+from tenbit.report.words import number, visible, whole
+from tenbit.runlog import Row, write_atomic
+
+_HERE = Path(__file__).parent
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Writes ``report.html`` into the run folder, or `out`, and returns its path.
+
+    Works on a run in progress. Raises ValueError if the folder holds no run.
+    """
+    folder = Path(folder)
+    page = render(read_run(folder))
+    target = Path(out) if out is not None else folder / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, page.encode("utf-8", "replace"))
+    return target
+
+
+def render(run: Run) -> str:
+    """The page."""
+    script = (_HERE / "hover.js.jinja").read_text(encoding="utf-8").strip()
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    across = axis.steps(min(run.steps, default=0), max(run.steps, default=0))
+    drawn = []
+    for i, section in enumerate(sections(run)):
+        figures = [draw(figure, across, f"f{i}-{j}") for j, figure in enumerate(section.figures)]
+        drawn.append({"title": section.title, "note": section.note, "figures": figures})
+    titles = [section["title"] for section in drawn]
+    return environment.get_template("page.html.jinja").render(
+        run=run,
+        verdict=verdict(run),
+        numbers=key_numbers(run),
+        sections=drawn,
+        comparison=compare(run.mismatch),
+        compare_after=titles.index("Mismatch") if "Mismatch" in titles else len(titles) - 1,
+        samples=chosen_samples(run.samples),
+        plan=[_plan_row(*row) for row in run.plan if len(row) == 3],
+        summary=_leaves(run.summary),
+        style=Markup((_HERE / "style.css.jinja").read_text(encoding="utf-8").strip()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def chosen_samples(rows: list[Row]) -> list[tuple[int, list[Row]]]:
+    """Of the first, the middle and the last step that have samples: the first right and the first wrong one."""
+    steps = sorted({row["step"] for row in rows})
+    if not steps:
+        return []
+    wanted = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    out = []
+    for step in wanted:
+        here = [row for row in rows if row["step"] == step]
+        firsts = [next((row for row in here if bool(row.get("correct")) is kind), None) for kind in (True, False)]
+        out.append((step, [row for row in firsts if row is not None]))
+    return out
+
+
+def _plan_row(part: str, shown: str, meaning: str) -> tuple[str, str, str]:
+    """The loss scale's rules are a sentence; they go to what it is."""
+    value, _, rules = shown.partition(", ")
+    return part, value, f"{rules}; {meaning}" if rules else meaning
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """summary.json as (dotted name, value)."""
+    if isinstance(value, dict):
+        return [leaf for k, v in value.items() for leaf in _leaves(v, f"{name}.{k}" if name else str(k))]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return [(name, "–" if value is None else str(value))]
+    return [(name, whole(value) if isinstance(value, int) else number(value))]
+
+
+__all__ = ["render", "write_report"]

@@ -1,0 +1,172 @@
+"""A run's parts, put together and checked before anything is written: folder, model, data, engine, backend, log.
+
+    with open_run(recipe, out, resume) as run: ...
+
+Everything that can be wrong with a recipe, its files or its model is found here, before the folder is made; an
+earlier run is never touched. A folder holds one run at a time (a lock file sees to it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tenbit import checkpoint
+from tenbit.backends.single import SingleBackend
+from tenbit.checkpoint import Progress
+from tenbit.compare import compare, make_engine
+from tenbit.engines import Engine
+from tenbit.models import loading
+from tenbit.recipe import Recipe
+from tenbit.rollout import Asked, Policy, ProblemStream
+from tenbit.runlog import RunLog, default_console, write_atomic
+from tenbit.tasks.datasets import load_problems
+from tenbit.tasks.grading import open_grader
+from tenbit.tasks.templates import encode_prompt
+
+log = logging.getLogger(__name__)
+MAY_CHANGE = ("name", "steps", "log_samples", "checkpoint")  # on --resume, without making it another run
+
+
+@dataclass
+class Run:
+    """What the loop works with. `progress` is the only thing in it that changes."""
+
+    recipe: Recipe
+    folder: Path
+    model: loading.Model
+    policy: Policy
+    backend: SingleBackend
+    stream: ProblemStream
+    eval_sets: dict[str, list[Asked]]
+    log: RunLog
+    progress: Progress
+
+    @property
+    def engine(self) -> Engine:
+        return self.policy.engine
+
+
+def choose_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+    """`out`, or runs/NAME (runs/NAME-2, ...): a new folder, or the one to go on with. Nothing is made yet."""
+    if out is None:
+        taken = [p for p in [Path("runs", recipe.name)] if p.exists()]
+        while (next_one := Path("runs", f"{recipe.name}-{len(taken) + 1}")).exists():
+            taken.append(next_one)
+        if resume and taken:
+            return taken[-1]
+        return next_one if taken else Path("runs", recipe.name)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: this is a file. Name a folder")
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        raise ValueError(
+            f"--out {out}: the folder is not empty. Add --resume to go on with its run, or name another one"
+        )
+    if resume and out.is_dir() and any(out.iterdir()) and not (out / "recipe.toml").is_file():
+        raise ValueError(f"--out {out}: holds no run to resume (recipe.toml is missing). Name the run's folder")
+    return out
+
+
+def check_same(recipe: Recipe, folder: Path) -> None:
+    """A resumed run must be the same run. Raises ValueError naming the keys that differ."""
+    if not (folder / "recipe.toml").is_file():
+        return
+    old, new = Recipe.load(folder / "recipe.toml").tree(), recipe.tree()
+    free = MAY_CHANGE if recipe.optim.schedule == "constant" else tuple(k for k in MAY_CHANGE if k != "steps")
+    differing = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
+    if differing:
+        what = "; ".join(f"{k}: was {old.get(k)}, is {new.get(k)}" for k in differing)
+        raise ValueError(
+            f"{folder}: --resume goes on with the same recipe, but {what}. Start a new run with another --out"
+        )
+
+
+def ask(source: str, recipe: Recipe, model: loading.Model, longest: int, limit: int | None) -> list[Asked]:
+    """Loads problems and tokenises their prompts, once. Raises ValueError for one that does not fit the context."""
+    task = recipe.task
+    problems = load_problems(
+        source, problem_key=task.problem_key, answer_key=task.answer_key, split=task.split, limit=limit
+    )
+    asked = [Asked(p, encode_prompt(task.template, p, model.tokenizer)) for p in problems]
+    room = model.context - longest
+    fitting = [a for a in asked if len(a.ids) <= room]
+    if len(fitting) < len(asked) and not task.drop_long_prompts:
+        worst = max(asked, key=lambda a: len(a.ids))
+        raise ValueError(
+            f"{worst.problem.id}: the prompt has {len(worst.ids)} tokens and rollout.max_tokens is {longest}; together "
+            f"they exceed the model's context of {model.context}. Lower rollout.max_tokens, or set "
+            "task.drop_long_prompts = true to leave such problems out"
+        )
+    if not fitting:
+        raise ValueError(f"task.data = {source!r}: no prompt fits the model's context. Lower rollout.max_tokens")
+    if len(fitting) < len(asked):
+        log.warning(
+            "%s: %d of %d prompts do not fit the context and are left out",
+            source,
+            len(asked) - len(fitting),
+            len(asked),
+        )
+    return fitting
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder against a second process. Raises ValueError if one has it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder}: another process is running here. Wait for it, or name another --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | None = None) -> Iterator[Run]:
+    """Checks everything, then makes or reopens the run folder. Raises ValueError with the remedy."""
+    folder = choose_folder(recipe, out, resume)
+    if resume:
+        check_same(recipe, folder)
+    console = console or default_console()
+    model = loading.load(recipe.model, recipe.rollout.stop_tokens)
+    train = ask(recipe.task.data, recipe, model, recipe.rollout.max_tokens, recipe.task.limit)
+    eval_tokens = recipe.eval.max_tokens or recipe.rollout.max_tokens
+    evals = {Path(s).stem: ask(s, recipe, model, eval_tokens, recipe.eval.limit) for s in recipe.eval.data}
+    with contextlib.ExitStack() as stack:
+        task = recipe.task
+        grader = stack.enter_context(open_grader(task.grader, workers=task.grade_workers, timeout=task.grade_timeout))
+        engine = stack.enter_context(make_engine(recipe, model, recipe.precision))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder))
+        found = checkpoint.latest(folder / "checkpoints") if resume else None
+        start = checkpoint.load_progress(found) if found else Progress()
+        runlog = RunLog(folder, total_steps=recipe.steps, resume_step=start.step if resume else None, console=console)
+        stack.enter_context(runlog)
+        recipe.dump(folder / "recipe.toml")
+        write_comparison(recipe, model, train, folder, runlog)
+        backend = SingleBackend(
+            model, recipe.precision, recipe.optim, recipe.rollout.temperature, recipe.steps * recipe.optim.updates
+        )
+        if found:
+            backend.load(found)
+        sampling = recipe.sampling(model.stop_token_ids)
+        policy = Policy(engine, model.tokenizer, grader, sampling)
+        stream = ProblemStream(train, recipe.seed, start.position)
+        yield Run(recipe, folder, model, policy, backend, stream, evals, runlog, start)
+
+
+def write_comparison(
+    recipe: Recipe, model: loading.Model, asked: Sequence[Asked], folder: Path, runlog: RunLog
+) -> None:
+    """mismatch.json, before training, once: the formats of `compare` on the initial weights."""
+    if not recipe.compare.precisions or (folder / "mismatch.json").exists():
+        return
+    runlog.phase("comparing formats")
+    rows = list(compare(recipe, model, asked))
+    write_atomic(folder / "mismatch.json", json.dumps(rows, indent=1).encode() + b"\n")

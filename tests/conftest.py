@@ -1,0 +1,79 @@
+"""Small random models, made on the spot, and what several tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, set_seed
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": 257,
+}
+
+
+def byte_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
+    """256 bytes, an end-of-sequence token and, if asked for, a pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    specials = {"eos_token": "<|eos|>"} | ({"pad_token": "<|pad|>"} if pad else {})
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **specials)
+
+
+def small_config(family: str, **changes):
+    kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+    extra = {"head_dim": 16} if family == "qwen3" else {}
+    return kinds[family](**{**SIZES, **extra, "tie_word_embeddings": family == "qwen2", **changes})
+
+
+def small_module(family: str = "qwen2", seed: int = 0, **changes):
+    """A small random model in FP32, with logits spread enough to make sampling interesting."""
+    from transformers import AutoModelForCausalLM
+
+    set_seed(seed)
+    module = AutoModelForCausalLM.from_config(small_config(family, initializer_range=0.08, **changes))
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """model_folder("llama") -> a folder with a small random model and a byte tokenizer."""
+    made = {}
+
+    def make(family: str = "qwen2", pad: bool = True, **changes):
+        key = (family, pad, tuple(sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{family}")
+            small_module(family, **changes).save_pretrained(folder)
+            byte_tokenizer(pad).save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
