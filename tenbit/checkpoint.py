@@ -7,6 +7,7 @@ The model a run ends with is exported in the format that was rolled out, so what
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -71,8 +72,10 @@ def export(folder: Path, model: Model, backend: Backend, precision: Precision) -
         state[name] = cast[key]
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    model.module.config.dtype = dtype
     model.module.save_pretrained(draft, state_dict=state)
+    config = copy.deepcopy(model.module.config)
+    config.dtype = dtype  # save_pretrained wrote the dtype of the module, which is the trainer's
+    config.save_pretrained(draft)
     model.tokenizer.save_pretrained(draft)
     replace_folder(draft, folder)
 

@@ -47,11 +47,11 @@ def show_scale(value: float) -> str:
 COLUMNS = (
     Column("step", 6, "step", lambda v: f"{v:.0f}"),
     Column("reward", 8, "train/reward", lambda v: f"{v:.3f}"),
-    Column("correct", 9, "train/accuracy", lambda v: f"{v:.1%}"),
+    Column("correct", 8, "train/accuracy", lambda v: f"{v:.1%}"),
     Column("tokens", 8, "train/response_length", lambda v: f"{v:.0f}"),
-    Column("KL k3", 10, "mismatch/kl_k3", lambda v: f"{v:.1e}"),
-    Column("grad", 9, "optim/grad_norm", lambda v: f"{v:.3g}"),
-    Column("tok/s", 9, "perf/tokens_per_second", lambda v: f"{v:,.0f}"),
+    Column("KL k3", 9, "mismatch/kl_k3", lambda v: f"{v:.1e}"),
+    Column("grad", 8, "optim/grad_norm", lambda v: f"{v:.3g}"),
+    Column("tok/s", 8, "perf/tokens_per_second", lambda v: f"{v:,.0f}"),
     Column("s/step", 8, "time/step", lambda v: f"{v:.1f}" if v < 100 else f"{v:.0f}"),
     Column("scale", 7, "optim/loss_scale", show_scale),
 )

@@ -88,7 +88,7 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
     send_weights(run, clock)
     run.log.phase("sampling")
     collected = collect(run.policy, run.stream, recipe, step, clock)
-    run.log.samples(step, [r for group in collected.sampled for r in group])
+    run.log.samples(step, [r for group in collected.sampled for r in group], recipe.log_samples)
     updates = make_updates(rows(collected.groups, ADVANTAGES[algorithm.advantage]), run)
     run.log.phase("training")
     seen = Mismatch()

@@ -94,7 +94,7 @@ def ask(source: str, recipe: Recipe, model: loading.Model, longest: int, limit: 
     problems = load_problems(
         source, problem_key=task.problem_key, answer_key=task.answer_key, split=task.split, limit=limit
     )
-    asked = [Asked(p, encode_prompt(task.template, p, model.tokenizer)) for p in problems]
+    asked = [Asked(p, encode_prompt(task.template, p.prompt, model.tokenizer)) for p in problems]
     room = model.context - longest
     fitting = [a for a in asked if len(a.ids) <= room]
     if len(fitting) < len(asked) and not task.drop_long_prompts:
@@ -149,6 +149,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         runlog = RunLog(folder, total_steps=recipe.steps, resume_step=start.step if resume else None, console=console)
         stack.enter_context(runlog)
         recipe.dump(folder / "recipe.toml")
+        (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
         write_comparison(recipe, model, train, folder, runlog)
         backend = SingleBackend(
             model, recipe.precision, recipe.optim, recipe.rollout.temperature, recipe.steps * recipe.optim.updates

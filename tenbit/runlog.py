@@ -333,8 +333,8 @@ def show_summary(folder: Path, console: Console | None = None) -> None:
     formats = read_mismatch(folder)
     if formats:
         ratio = mismatch_ratio(formats)
-        found = "   ".join(f"{row['precision']} {row['kl_k3']:.2e}" for row in formats)
-        more = f"   BF16's is {ratio:.3g} times FP16's" if ratio else ""
+        found = "  ".join(f"{row['precision']} {row['kl_k3']:.2e}" for row in formats)
+        more = f"  ({ratio:.3g} times)" if ratio else ""
         table.add_row("mismatch", Text.assemble(found, (more, "bold"), ("  KL k3, same weights", "dim")))
     shown.print()
     shown.print(table)

@@ -20,7 +20,6 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-
 FLOORS: list[set[str]] = [
     {"types", "world"},
     {"precision", "algorithms", "advantages", "mismatch", "batching"},
@@ -101,6 +100,8 @@ def dtype_literals(source: str) -> list[int]:
     ignored = docstrings(tree)
     lines = []
     for node in ast.walk(tree):
+        if not isinstance(node, ast.expr | ast.stmt):
+            continue
         named = (
             (isinstance(node, ast.Attribute) and node.attr in DTYPE_NAMES)
             or (isinstance(node, ast.ImportFrom) and any(a.name in DTYPE_NAMES for a in node.names))
@@ -146,7 +147,8 @@ def test_the_rules_see_what_they_look_for():
         "getattr(torch, 'half')",
     ):
         assert dtype_literals(f"import torch\n{text}") == [2], text
-    assert dtype_literals('"""float16"""\ndef f():\n    """bfloat16"""\n    half = n // 2\n    return torch.float32') == []
+    harmless = '"""float16"""\ndef f():\n    """bfloat16"""\n    half = n // 2\n    return torch.float32'
+    assert dtype_literals(harmless) == []
     assert long_functions("def f():\n" + "    x = 1\n" * 60) == ["f"]
     assert long_functions('def f():\n    """a\n    b"""\n' + "    x = 1\n" * 59) == []
     with pytest.raises(AssertionError, match="has no floor"):
@@ -220,3 +222,22 @@ def test_every_module_opens_with_a_docstring(path: Path):
     source = path.read_text()
     if source.strip():  # an empty __init__.py only marks a package
         assert ast.get_docstring(ast.parse(source)), f"{relative(path)} says nothing about itself"
+
+
+SHORT = {"A": "tests/test_algorithms.py", "P": "tests/test_precision.py", "M": "tests/test_mismatch.py"}
+
+
+def test_the_paper_index_names_what_exists():
+    """Every file, test and algorithm in docs/paper_index.md is there under that name, and no algorithm is left out."""
+    from tenbit.algorithms import ALGORITHMS
+
+    top = ROOT.parent
+    text = (top / "docs" / "paper_index.md").read_text()
+    for path in set(re.findall(r"`((?:tenbit|tests|recipes|docs)/[\w./]+\.\w+)", text)):
+        assert (top / path).exists(), path
+    references = re.findall(r"`(A|P|M|tests/\w+\.py)::(\w+)`", text)
+    assert len(references) > 30
+    for file, name in references:
+        assert f"def {name}(" in (top / SHORT.get(file, file)).read_text(), f"{file}::{name}"
+    listed = set(re.findall(r"^\| `([\w-]+)` \|", text, flags=re.MULTILINE))
+    assert listed == set(ALGORITHMS)

@@ -39,7 +39,9 @@ def test_equals_full_logits_in_value_and_gradient(chunk, with_bias, softcap, sca
     inputs = [t for t in (hidden, weight, bias) if t is not None]
     ours = torch.autograd.grad((logp * g).sum(), inputs)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    want, want_entropy = direct(exact[0], exact[1], exact[2] if with_bias else None, targets, temperature, softcap, scale)
+    want, want_entropy = direct(
+        exact[0], exact[1], exact[2] if with_bias else None, targets, temperature, softcap, scale
+    )
     theirs = torch.autograd.grad((want * g.double()).sum(), exact)
     assert torch.allclose(logp.double(), want, atol=1e-5)
     assert torch.allclose(entropy.double(), want_entropy, atol=1e-5)

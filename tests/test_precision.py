@@ -1,4 +1,4 @@
-"""The precision plan: Table 1's numbers, refusals with a remedy, casts, and the loss scale's rules on real gradients."""
+"""The precision plan: Table 1's numbers, refusals with a remedy, casts, the loss scale's rules on real gradients."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_presets(name: str):
     assert p.name == name
     assert p.has_copy == (name != "fp32")
     assert p.copy_format == Format(name)
-    assert (p.loss_scale == LossScale()) if name == "fp16" else (p.loss_scale is None)
+    assert (p.loss_scale == LossScale.model_validate({})) if name == "fp16" else (p.loss_scale is None)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -87,7 +87,7 @@ def test_table_form_reaches_the_parts():
     assert not p.has_copy
     assert p.copy_format == Format.FP32
     assert p.head_dtype("train") == p.head_dtype("rollout") == torch.float32
-    assert p.loss_scale == LossScale(initial=1024.0, interval=5)
+    assert p.loss_scale == LossScale(initial=1024.0, growth=2.0, backoff=0.5, interval=5)
     assert Precision.parse({"preset": "fp16", "reduce": "fp16"}).reduce == Format.FP16
     model = Precision.parse({"preset": "fp16/bf16"})
     assert (model.head_dtype("train"), model.head_dtype("rollout")) == (torch.float16, torch.bfloat16)

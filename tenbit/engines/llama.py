@@ -82,6 +82,11 @@ class Shape:
         return self.heads // self.kv_heads
 
 
+def shape_of(config: PreTrainedConfig) -> Shape:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps)
+
+
 class Ops(Protocol):
     """The building blocks of a block. `n` rows, hidden size `d`."""
 
@@ -250,9 +255,7 @@ class LlamaRunner:
     """A `continuous.Runner` over the weights of a Llama-like model."""
 
     def __init__(self, module: PreTrainedModel, device: torch.device, ops: Ops, head_dtype: torch.dtype) -> None:
-        config = module.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps)
+        self.shape = shape_of(module.config)
         model: Any = module.base_model
         self.device, self.dtype, self.ops = device, module.dtype, ops
         self.embedding: Tensor = model.embed_tokens.weight.detach()

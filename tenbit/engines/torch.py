@@ -13,6 +13,7 @@ CPUs that have AVX-512 with the compiled kernels of `native.py`, and everything 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -23,9 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from tenbit.engines import continuous, sampling as sampler
+from tenbit.engines import continuous, native
+from tenbit.engines import sampling as sampler
 from tenbit.engines.generic import GenericRunner
-from tenbit.engines.llama import LlamaRunner, PlainOps, unsupported
+from tenbit.engines.llama import LlamaRunner, PlainOps, shape_of, unsupported
 from tenbit.precision import Precision
 from tenbit.types import Completion, Prompt, Sampling
 
@@ -72,9 +74,9 @@ class TorchEngine:
         self.version: int | None = None
         self._module = _empty_module(config, precision, self.device)
         self._text = self._module.config.get_text_config()
+        self._draw: continuous.Draw = sampler.draw
         self.path, self._runner = self._make_runner(path, pad_token_id)
         self._named = dict(self._module.named_parameters(remove_duplicate=False))
-        self._draw = sampler.draw
 
     def _make_runner(self, path: Path, pad_token_id: int) -> tuple[Path, LlamaRunner | GenericRunner]:
         head = self.precision.head_dtype("rollout")
@@ -84,7 +86,25 @@ class TorchEngine:
             return "generic", GenericRunner(self._module, self.device, pad_token_id, head)
         if reason is not None:
             raise ValueError(f"path {path!r} does not know this model ({reason}); use 'auto' or 'generic'.")
-        return "plain", LlamaRunner(self._module, self.device, PlainOps(), head)
+        runner = functools.partial(LlamaRunner, self._module, self.device, head_dtype=head)
+        no_kernels = self._no_kernels()
+        if path == "plain" or (path == "auto" and no_kernels):
+            log.info("sampling in plain torch (%s)", no_kernels or "as asked")
+            return "plain", runner(PlainOps())
+        if no_kernels:
+            raise ValueError(f"path 'native' cannot be had here ({no_kernels}); use 'auto' or 'plain'.")
+        ops = native.NativeOps()
+        self._draw = ops.draw
+        return "native", runner(ops)
+
+    def _no_kernels(self) -> str:
+        """Why the compiled kernels cannot serve this model here; empty if they can."""
+        config = self._module.config
+        if self.device.type != "cpu":
+            return "not on a CPU"
+        if not native.fits(shape_of(config), config.hidden_size, config.intermediate_size):
+            return "sizes that the kernels do not handle"
+        return native.why_not()
 
     # --- weights
 

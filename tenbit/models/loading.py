@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from tenbit.models.logprobs import Head
 from tenbit.precision import Format
@@ -68,6 +69,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
 
 def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = ()) -> Model:
     """Opens a model for training: FP32 weights on its device. Raises ValueError with the key and the remedy."""
+    disable_progress_bar()  # a bar for reading 26 tensors says less than it hides
     device = resolve_device(spec.device)
     path = model_folder(spec.path)
     tokenizer = load_tokenizer(spec)

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,9 +44,10 @@ BUILTIN = Path(__file__).parent / "builtin"
 SEED = 26788
 MISTAKE = 0.10
 PEAK_LR = 3e-3
-WARMUP = 100
+WARMUP, ANNEAL = 100, 1250
+"""The learning rate rises up to the first step, falls slowly, and from the second on straight to nearly nothing."""
 POOL = 10
-"""Problems are drawn for this many steps at a time and sorted by length, so that little is padding."""
+"""Problems are drawn for so many steps at a time and sorted by length, so that little is padding."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class Stage:
 STAGES = (
     Stage(500, 128, range(1, 4), 0.0),
     Stage(1000, 64, range(2, 7), 0.0),
-    Stage(2500, 32, None, 0.0),
-    Stage(3000, 32, None, MISTAKE),
+    Stage(1250, 32, None, 0.0),
+    Stage(1700, 16, None, 0.0),
+    Stage(2000, 16, None, MISTAKE),
 )
 """Short problems first, which makes the steps learnable; mistakes last."""
 STEPS = STAGES[-1].until
@@ -164,10 +167,12 @@ def loss_on(body: Any, head: Any, tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def schedule(step: int) -> float:
-    """Linear warm-up, then a cosine down to 1% of the peak."""
+    """The learning rate as a part of the peak: warm-up, the first part of a slow cosine, a straight line down."""
     if step < WARMUP:
         return (step + 1) / WARMUP
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+    slow = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (min(step, ANNEAL) - WARMUP) / (3000 - WARMUP)))
+    left = (STEPS - step) / (STEPS - ANNEAL) if step > ANNEAL else 1.0
+    return slow * max(left, 0.01)
 
 
 def train(out: Path, minutes: float, device: str, compile: bool) -> bool:
@@ -257,8 +262,12 @@ def export(model: Any, tokenizer: Qwen2Tokenizer, out: Path) -> None:
     copy.to(half)
     copy.config.dtype = half
     copy.generation_config.update(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     copy.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -309,8 +318,8 @@ def perfectible(folder: Path, device: str, samples: int) -> None:
     rows = ({"problem": p.prompt, "answer": p.answer, "initial_accuracy": round(a, 4)} for p, a in kept)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     accuracies = [right[p.id] / samples for p in problems]
-    print(f"{path}: {len(kept)} of {len(problems)} problems kept, mean accuracy {sum(a for _, a in kept) / len(kept):.1%}")
-    print(f"all: mean {sum(accuracies) / len(accuracies):.1%}, lowest {min(accuracies):.0%}, highest {max(accuracies):.0%}")
+    print(f"{path}: {len(kept)} of {len(problems)} problems kept, accuracy {fmean(a for _, a in kept):.1%}")
+    print(f"all: accuracy {fmean(accuracies):.1%}, lowest {min(accuracies):.0%}, highest {max(accuracies):.0%}")
 
 
 def _open(folder: Path, device: str) -> tuple[Any, Any]:
@@ -321,7 +330,7 @@ def _open(folder: Path, device: str) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tenbit.models.pretrain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tenbit.models.pretrain", description="Makes the built-in model.")
     parser.add_argument("command", nargs="?", choices=("make", "measure", "perfectible"), default="make")
     parser.add_argument("--out", type=Path, default=BUILTIN, help="the checkpoint folder")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop then; the same command goes on")

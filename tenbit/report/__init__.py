@@ -31,6 +31,7 @@ from tenbit.report.words import number, visible, whole
 from tenbit.runlog import Row, write_atomic
 
 _HERE = Path(__file__).parent
+_UNKNOWN: Row = {key: "–" for key in ("problem", "prompt", "response", "reward", "length", "finish")}
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -71,7 +72,7 @@ def render(run: Run) -> str:
         comparison=compare(run.mismatch),
         compare_after=titles.index("Mismatch") if "Mismatch" in titles else len(titles) - 1,
         samples=chosen_samples(run.samples),
-        plan=[_plan_row(*row) for row in run.plan if len(row) == 3],
+        plan=[_plan_row(*map(str, row)) for row in run.plan if len(row) == 3],
         summary=_leaves(run.summary),
         style=Markup((_HERE / "style.css.jinja").read_text(encoding="utf-8").strip()),
         script=Markup(script),
@@ -88,8 +89,8 @@ def chosen_samples(rows: list[Row]) -> list[tuple[int, list[Row]]]:
     out = []
     for step in wanted:
         here = [row for row in rows if row["step"] == step]
-        firsts = [next((row for row in here if bool(row.get("correct")) is kind), None) for kind in (True, False)]
-        out.append((step, [row for row in firsts if row is not None]))
+        firsts = [next((row for row in here if row.get("correct") is kind), None) for kind in (True, False)]
+        out.append((step, [_UNKNOWN | row for row in firsts if row is not None]))
     return out
 
 

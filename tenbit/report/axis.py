@@ -9,7 +9,7 @@ from typing import Literal
 
 from tenbit.report.words import superscript
 
-_LARGEST = 1e300  # spans stay finite
+_LARGEST, _SMALLEST = 1e300, 1e-300  # spans stay finite, and steps stay above the smallest double
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Axis:
         """Where a value lies, 0 at the bottom to 1 at the top; None if it has no place."""
         if self.kind == "linear":
             unit = value
-        elif value <= 0:
+        elif value <= _SMALLEST:
             return 0.0 if self.has_zero else None
         else:
             unit = math.log2(value) if self.kind == "log2" else math.log10(value)
@@ -40,14 +40,15 @@ class Axis:
 
 
 def _finite(values: Iterable[float | None]) -> list[float]:
-    return [min(_LARGEST, max(-_LARGEST, v)) for v in values if v is not None and math.isfinite(v)]
+    known = (min(_LARGEST, max(-_LARGEST, v)) for v in values if v is not None and math.isfinite(v))
+    return [v if abs(v) > _SMALLEST else 0.0 for v in known]
 
 
 def _nice(span: float, target: int) -> float:
     """The step among 1, 2, 2.5, 5 times a power of ten that cuts `span` into about `target` parts."""
     raw = span / target
     power = 10.0 ** math.floor(math.log10(raw))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    return next((m * power for m in (1, 2, 2.5, 5) if m * power >= raw * 0.999), 10 * power)
 
 
 def _label(value: float, step: float) -> str:
@@ -81,7 +82,7 @@ def linear(
     step = _nice(top - bottom, target)
     first, last = math.floor(bottom / step + 1e-9), math.ceil(top / step - 1e-9)
     size = max(abs(first), abs(last)) * step
-    if as_percent:
+    if as_percent and size < 1e4:
         at = [(k * step, _label(k * step * 100, step * 100) + "%") for k in range(first, last + 1)]
         return Axis("linear", first * step, last * step, tuple(at))
     power = math.floor(math.log10(size)) if size >= 1e7 or size < 2e-3 else 0

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from tenbit.report.axis import log10
 from tenbit.report.svg import group, path, tag
-from tenbit.report.words import factor, number, scientific, whole
+from tenbit.report.words import factor, number, precise_percent, scientific, whole
 
 _MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("kl_k3", "KL(μ‖π), k3", scientific),
@@ -19,11 +19,11 @@ _MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("logp_abs_max", "|log π − log μ|, max", scientific),
     ("prob_diff_abs_mean", "|π − μ|, mean", scientific),
     ("prob_diff_max", "π − μ, largest", scientific),
-    ("outside_tenth", "tokens beyond ±10%", lambda v: f"{v:.2%}"),
-    ("outside_half", "tokens beyond 2×", lambda v: f"{v:.2%}"),
+    ("outside_tenth", "tokens beyond ±10%", precise_percent),
+    ("outside_half", "tokens beyond 2×", precise_percent),
     ("seq_logratio_mean", "Σ log(π/μ), mean", scientific),
     ("seq_logratio_std", "Σ log(π/μ), std", scientific),
-    ("seq_ess", "effective sample size", lambda v: f"{v:.2%}"),
+    ("seq_ess", "effective sample size", precise_percent),
     ("tokens", "tokens", whole),
     ("sequences", "sequences", whole),
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tenbit.report import axis
 from tenbit.report.chart import Figure, Panel, Series
 from tenbit.report.reading import Run
-from tenbit.report.words import number, percent, power_of_two, scientific, seconds, whole
+from tenbit.report.words import number, percent, power_of_two, precise_percent, scientific, seconds, whole
 
 # Order from the bottom of the pile. What a step spends besides is shown as "other".
 PHASES = ("rollout", "grade", "proximal", "update", "sync")
@@ -57,11 +58,16 @@ def sections(run: Run) -> list[Section]:
     ]
     curves.used.add("optim/skipped")
     rest = [key for key in run.names() if key not in curves.used]
-    drawn = [key for key in rest if any(run.values(key))]
-    zero = ", ".join(key for key in rest if key not in drawn)
-    note = f"Zero at every step: {zero}." if zero else ""
-    made.append(Section("Other metrics", note, [_plain(curves, key) for key in drawn]))
-    return [section for section in made if section.figures or section.note.startswith("Zero")]
+    held = {key: v for key in rest if (v := _constant(run.values(key))) is not None}
+    note = "Always the same: " + ", ".join(f"{key} {number(v)}" for key, v in held.items()) + "." if held else ""
+    made.append(Section("Other metrics", note, [_plain(curves, key) for key in rest if key not in held]))
+    return [section for section in made if section.figures or (section is made[-1] and held)]
+
+
+def _constant(values: Sequence[float | None]) -> float | None:
+    """The one value of a metric that never changes, up to three digits."""
+    known = [v for v in values if v is not None]
+    return known[0] if len(known) > 1 and len({number(v) for v in known}) == 1 else None
 
 
 def _share(series: Sequence[Series], title: str = "", height: float = 128.0) -> Panel:
@@ -77,10 +83,12 @@ def _over(series: Sequence[Series], scale: Callable[..., axis.Axis] = axis.linea
 def trend(values: Sequence[float | None]) -> list[float | None]:
     """A running mean over a twentieth of the run, centred; gaps stay gaps."""
     reach = max(2, len(values) // 40)
+    total = list(accumulate((v or 0.0 for v in values), initial=0.0))
+    count = list(accumulate((v is not None for v in values), initial=0))
     out: list[float | None] = []
     for i, value in enumerate(values):
-        near = [v for v in values[max(0, i - reach) : i + reach + 1] if v is not None]
-        out.append(None if value is None else sum(near) / len(near))
+        a, b = max(0, i - reach), min(len(values), i + reach + 1)
+        out.append(None if value is None else (total[b] - total[a]) / (count[b] - count[a]))
     return out
 
 
@@ -105,14 +113,20 @@ def _learning(curves: Curves) -> list[Figure]:
         for other in run.evals("pass@"):
             if other.rpartition("/")[0] == key.rpartition("/")[0]:
                 label = other.rpartition("/")[2]
-                evals += curves(other, label, f"eval{number_of % 3}", percent, style="dashed")
+                one = curves(other, label, f"eval{number_of % 3}", percent, style="dashed")
+                evals += [s for s in one if s.y != run.values(key)]  # at k = 1 they are the same
     accuracy = curves("train/accuracy", "training", "accuracy", percent)
     reward = curves("train/reward", "reward", "reward")
     same = bool(reward and accuracy) and reward[0].y == accuracy[0].y
     figures = []
     if accuracy or evals:
         note = "The reward is 1 for a right answer and 0 for a wrong one: the same curve." if same else ""
-        figures.append(Figure("Accuracy", [_share([*_smoothed(accuracy), *evals], height=146)], note))
+        groups = curves("train/informative_groups", "informative groups", "plain", percent)
+        panels = [_share([*_smoothed(accuracy), *evals], height=104 if groups else 146)]
+        if groups:
+            axis_ = axis.linear([], low=0, high=1, target=2, as_percent=True)
+            panels.append(Panel(groups, axis_, "prompts whose responses differ in reward", 42))
+        figures.append(Figure("Accuracy", panels, note))
     if reward and not same:
         figures.append(Figure("Reward", [Panel(_smoothed(reward), _over(reward))]))
     return figures
@@ -124,12 +138,7 @@ def _lengths(curves: Curves) -> list[Figure]:
     panels = [Panel(length, _over(length), "tokens", 84)] if length else []
     if cut:
         panels.append(Panel(cut, _over(cut, low=0, target=2, as_percent=True), "share cut off at the limit", 46))
-    figures = [Figure("Response length", panels)] if panels else []
-    groups = curves("train/informative_groups", "informative", "reward", percent)
-    if groups:
-        note = "Prompts whose responses did not all earn the same reward: the others give no gradient."
-        figures.append(Figure("Groups with a signal", [_share(groups, height=146)], note))
-    return figures
+    return [Figure("Response length", panels)] if panels else []
 
 
 def _policy(curves: Curves) -> list[Figure]:
@@ -153,14 +162,14 @@ def _token_mismatch(curves: Curves) -> list[Figure]:
         *curves("mismatch/logp_abs_mean", "mean", "mismatch", scientific),
         *curves("mismatch/logp_abs_max", "max", "extreme", scientific),
     ]
-    if ratio:
-        figures.append(Figure("|log π − log μ| of a token", [Panel(ratio, _over(ratio, axis.log10), height=146)]))
     far = [
-        *curves("mismatch/outside_tenth", "beyond ±10%", "mismatch", scientific),
-        *curves("mismatch/outside_half", "beyond 2×", "bad", scientific),
+        *curves("mismatch/outside_tenth", "over 10%", "extreme", scientific),
+        *curves("mismatch/outside_half", "over 2×", "bad", scientific),
     ]
-    if far:
-        figures.append(Figure("Share of tokens with π/μ", [Panel(far, _over(far, axis.log10), height=146)]))
+    panels = [Panel(ratio, _over(ratio, axis.log10), height=84 if far else 146)] if ratio else []
+    panels += [Panel(far, _over(far, axis.log10, target=2), "share of tokens off by", 46)] if far else []
+    if panels:
+        figures.append(Figure("|log π − log μ| of a token", panels))
     high = curves("mismatch/prob_diff_max", "largest", "mismatch", scientific)
     low = curves("mismatch/prob_diff_min", "smallest", "extreme", scientific)
     mean = curves("mismatch/prob_diff_abs_mean", "mean", "plain", scientific)
@@ -186,8 +195,8 @@ def _sequence_mismatch(curves: Curves) -> list[Figure]:
     if panels:
         figures.append(Figure("Σ log(π/μ) of a sequence", panels))
     shares = [
-        *curves("mismatch/seq_ess", "effective", "sequence", lambda v: f"{v:.2%}"),
-        *curves("mismatch/seq_above_cap", "above cap", "bad", lambda v: f"{v:.2%}"),
+        *curves("mismatch/seq_ess", "effective", "sequence", precise_percent),
+        *curves("mismatch/seq_above_cap", "above cap", "bad", precise_percent),
     ]
     if shares:
         note = "Effective sample size of ρ = π(y)/μ(y), unclamped; and sequences with ρ above the cap."

@@ -38,8 +38,10 @@ def verdict(run: Run) -> str:
         parts.append(f"Training accuracy {how} over {steps:,} steps{so_far}.")
     elif ends:
         parts.append(f"One step{so_far}; training accuracy {percent(ends[1]['train/accuracy'])}.")
+    elif run.trained_steps:
+        parts.append(f"Steps{so_far}: {run.trained_steps:,}, none with a training accuracy.")
     else:
-        parts.append(f"{len(run.rows):,} rows{so_far}, none with a training accuracy.")
+        parts.append("No training step yet.")
     ratio = mismatch_ratio(run.mismatch)
     if ratio is not None and ratio >= 1:
         parts.append(f"On the same weights, BF16’s mismatch is {factor(ratio)} times FP16’s.")
@@ -49,18 +51,23 @@ def verdict(run: Run) -> str:
     return " ".join(parts)
 
 
+def _change(run: Run, key: str, what: str) -> tuple[str, str]:
+    """The share at both ends, and what the ends are."""
+    ends = span(run.rows, key)
+    assert ends is not None
+    first, last = ends
+    if first["step"] == last["step"]:
+        return percent(last[key]), f"one {what}"
+    return f"{percent(first[key])} → {percent(last[key])}", f"first and last {what}"
+
+
 def key_numbers(run: Run) -> list[tuple[str, str, str]]:
     """(what, value, remark) for the row of figures under the title."""
     out: list[tuple[str, str, str]] = []
-    ends = span(run.rows, "train/accuracy")
-    if ends:
-        first, last = (row["train/accuracy"] for row in ends)
-        out.append(("training accuracy", f"{percent(first)} → {percent(last)}", "first and last step"))
+    if span(run.rows, "train/accuracy"):
+        out.append(("training accuracy", *_change(run, "train/accuracy", "step")))
     for key in run.evals("avg@"):
-        ends = span(run.rows, key)
-        if ends:
-            value = f"{percent(ends[0][key])} → {percent(ends[1][key])}"
-            out.append((key.removeprefix("eval/").replace("/", " "), value, "first and last evaluation"))
+        out.append((key.removeprefix("eval/").replace("/", " "), *_change(run, key, "evaluation")))
     trained = run.trained_steps
     took = sum(v for v in run.values("time/step") if v is not None)
     out.append(("steps", f"{trained:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""), seconds(took)))

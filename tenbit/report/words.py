@@ -24,6 +24,8 @@ def number(value: float) -> str:
     size = abs(value)
     if size == 0:
         return "0"
+    if not math.isfinite(size):  # a sum of finite numbers may overflow
+        return "∞" if value > 0 else "−∞"
     if size >= 1e7 or size < 1e-3:
         return scientific(value, 3)
     decimals = max(0, 2 - math.floor(math.log10(size)))
@@ -32,11 +34,15 @@ def number(value: float) -> str:
 
 
 def whole(value: float) -> str:
-    return f"{value:,.0f}".replace("-", "−")
+    return f"{value:,.0f}".replace("-", "−") if abs(value) < 1e9 else number(value)
 
 
-def percent(value: float) -> str:
-    return f"{value:.1%}".replace("-", "−")
+def percent(value: float, decimals: int = 1) -> str:
+    return f"{value:.{decimals}%}".replace("-", "−") if abs(value) < 1e6 else number(value)
+
+
+def precise_percent(value: float) -> str:
+    return percent(value, 2)
 
 
 def power_of_two(value: float) -> str:
@@ -46,9 +52,11 @@ def power_of_two(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """``0.32 s``, ``47 s``, ``12 min 5 s``, ``3 h 20 min``"""
-    if value < 60:
-        return f"{number(value) if value < 10 else f'{value:.0f}'} s"
+    """``32 ms``, ``0.318 s``, ``47 s``, ``12 min 5 s``, ``3 h 20 min``"""
+    if 1e-4 < value < 0.1:
+        return f"{value * 1000:.3g} ms"
+    if value < 60 or value > 1e9:
+        return f"{number(value) if value < 10 or value > 1e9 else f'{value:.0f}'} s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"

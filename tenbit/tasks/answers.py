@@ -144,6 +144,6 @@ def same(reference: str, candidate: str) -> bool | None:
     a, b = numeral(left), numeral(right)
     if a is None or b is None:
         return None if right else False
-    if a == b or _PLAIN.fullmatch(left) is not None and a == a.to_integral_value():
+    if a == b or (_PLAIN.fullmatch(left) is not None and a == a.to_integral_value()):
         return a == b
     return abs(a - b) <= _TOLERANCE * max(abs(a), abs(b))

@@ -55,9 +55,7 @@ def load_problems(
     if limit is not None and limit < 1:
         raise ValueError(f"data: limit = {limit}; write a positive number of problems, or leave it out for all of them")
     name, rows = _open(source, split)
-    problems = [
-        _problem(row, f"{name}:{number}", problem_key, answer_key) for number, row in islice(rows, limit)
-    ]
+    problems = [_problem(row, f"{name}:{number}", problem_key, answer_key) for number, row in islice(rows, limit)]
     if not problems:
         raise ValueError(f"{source}: there is no problem in it; it needs rows with {problem_key!r} and {answer_key!r}")
     return problems
@@ -99,15 +97,15 @@ def _missing(source: str, path: Path, sets: list[str]) -> str:
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return (
         f"there is no data set or file {source!r} (looked in {path.parent.resolve()}).{hint} Shipped sets: "
-        f"{', '.join(sets)}. Otherwise give a path to {', '.join(_SUFFIXES)}, or a Hugging Face dataset as 'owner/name'."
+        f"{', '.join(sets)}. Otherwise give a path to {', '.join(_SUFFIXES)}, or a Hugging Face dataset as "
+        "'owner/name'."
     )
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
     """The objects of a JSON-lines file with their line numbers. Blank lines may only stand at the end."""
     blank = 0
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as lines:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         number = 0
         try:
             for number, line in enumerate(lines, 1):
@@ -125,7 +123,9 @@ def _parse(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"), parse_float=_Number, parse_int=_Number)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+        raise ValueError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from error
     except (json.JSONDecodeError, RecursionError) as error:
         what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
         raise ValueError(f"{where}: not a JSON object on one line: {what}") from error
@@ -164,7 +164,9 @@ def _from_datasets(source: str, split: str) -> tuple[str, Iterator[Row]]:
         ) from error
     if isinstance(loaded, dict):
         if split not in loaded:
-            raise ValueError(f"{source}: there is no split {split!r}; set split to one of {', '.join(map(repr, loaded))}")
+            raise ValueError(
+                f"{source}: there is no split {split!r}; set split to one of {', '.join(map(repr, loaded))}"
+            )
         loaded = loaded[split]
     return source.rstrip("/").rpartition("/")[2], ((n, row) for n, row in enumerate(loaded, 1))
 

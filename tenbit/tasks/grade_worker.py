@@ -54,7 +54,7 @@ _TIDY = [
     (re.compile(r"\\!|[\s.]+$"), ""),
     (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?:,\d{3}|\{,\}\d{3})*\})"), ""),  # 20,000 inside braces
     (re.compile(r"(?<![\w\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b"), r"\1 \\times 10^{\2}"),
-    (re.compile(r"\\frac\s*(\\[a-z]+)\s*(\w)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\[dtc]?frac\s*(\\[a-z]+)\s*(\w)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\s+"), " "),  # its patterns do not cross line breaks
 ]
 
@@ -74,14 +74,14 @@ def math_job() -> Job:
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its limits are off
     normal = LatexExtractionConfig(boxed_match_priority=0)
-    with_units = replace(normal, normalization_config=replace(normal.normalization_config, units=False))
+    unitless = replace(normal, normalization_config=replace(normal.normalization_config, units=False))
 
     def read(answer: str) -> list[Any]:
         # A box is the one form in which Math-Verify takes everything as LaTeX, up to the last brace.
         boxed = rf"\boxed{{{tidy(answer)}}}"
         parsed = parse(boxed, extraction_config=[normal], parsing_timeout=None)  # type: ignore[arg-type]
         if parsed and isinstance(parsed[0], str):  # it takes the c of a + b + c for a unit
-            again = parse(boxed, extraction_config=[with_units], parsing_timeout=None)  # type: ignore[arg-type]
+            again = parse(boxed, extraction_config=[unitless], parsing_timeout=None)  # type: ignore[arg-type]
             parsed = again if again and not isinstance(again[0], str) else parsed
         return parsed
 
@@ -113,7 +113,7 @@ def math_job() -> Job:
 def user_job(name: str, path: list[str]) -> Job:
     """Calls ``module:function`` (or ``file.py:function``) as ``function(problem, text)``."""
     module_name, _, attribute = name.rpartition(":")
-    sys.path[:] = [os.getcwd(), *path]
+    sys.path[:] = [str(Path.cwd()), *path]
     if module_name.endswith(".py"):
         where = Path(module_name).resolve()
         spec = importlib.util.spec_from_file_location(where.stem, where)
