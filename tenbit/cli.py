@@ -95,12 +95,16 @@ def algorithms() -> None:
     rows = []
     for name, a in ALGORITHMS.items():
         correction = getattr(a.objective, "correction", None)
-        weight = f"{correction.level} {correction.beyond}" if correction else "–"
-        bounds = f" [{correction.floor:g}, {correction.cap:g}]" if correction and correction.beyond != "keep" else ""
+        if correction is None:
+            weight = "–"
+        elif correction.beyond == "keep":
+            weight = f"{correction.level}"
+        else:
+            bounds = f"{correction.floor:g} to {correction.cap:g}" if correction.floor else f"{correction.cap:g}"
+            weight = f"{correction.level}, {correction.beyond} at {bounds}"
         passes = "2" if a.needs_old else "1"
-        kind = type(a.objective).__name__
-        rows.append((name, a.equation, kind, weight + bounds, a.advantage, a.reduction, passes))
-    heads = ("algorithm", "source", "objective", "correction π/μ", "advantage", "reduction", "passes")
+        rows.append((name, weight, a.advantage, a.reduction, passes, a.equation))
+    heads = ("algorithm", "correction by π/μ", "advantage", "reduction", "passes", "source")
     _print_table(heads, rows)
 
 
@@ -116,7 +120,7 @@ def precisions() -> None:
             f"{f.exponent_bits} / {f.mantissa_bits}",
             f"{f.smallest_normal:.1e}",
             f"{f.smallest_subnormal:.1e}",
-            f"{f.largest:.4g}",
+            f"{f.largest:.6g}",
             f"1 + 2^-{f.mantissa_bits}",
         )
         for f in Format
@@ -131,10 +135,11 @@ def precisions() -> None:
 def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for i, head in enumerate(heads):
-        table.add_column(head, style="bold" if i == 0 else "", overflow="fold")
+        last = i == len(heads) - 1
+        table.add_column(head, style="bold" if i == 0 else "", overflow="fold", no_wrap=not last)
     for row in rows:
         table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=max(100, Console().width)).print(table)
 
 
 def main() -> None:

@@ -109,13 +109,15 @@ def plan_table(precision: Precision, seen: Mapping[str, int]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
     table.add_column("part", no_wrap=True)
     table.add_column("format", style="bold", no_wrap=True)
-    table.add_column("live", justify="right", style="green", no_wrap=True)
+    if seen:
+        table.add_column("live", justify="right", style="green", no_wrap=True)
     table.add_column("what it is", style="dim")
     for part, shown, meaning in precision.rows():
         value, _, rules = shown.partition(", ")  # the loss scale's rules are a sentence, not a format
         count = seen.get(_CHECKS.get(part, ""))
         what = f"{rules}; {meaning}" if rules else meaning
-        table.add_row(Text(part), Text(value), f"{count:,}" if count else "", Text(what))
+        live = [f"{count:,}" if count else ""] if seen else []
+        table.add_row(Text(part), Text(value), *live, Text(what))
     return table
 
 

@@ -51,13 +51,14 @@ class TaskSpec(_Section):
     answer_key: str = "answer"
     split: str = Field("train", description="of a Hugging Face dataset")
     limit: int | None = Field(None, ge=1, description="use only the first so many problems")
-    template: str = Field("plain", description="plain, chat, r1-distill, qwen-math, or a text with {problem}")
+    template: str = Field("plain", description="plain, chat, r1-distill, qwen-math, ... or a text with {problem}")
     drop_long_prompts: bool = Field(
         False, description="leave out prompts that do not fit the context, instead of failing"
     )
     grader: str = Field("math", description="math (Math-Verify), exact, or your own module:function")
     grade_workers: int = Field(2, ge=1)
     grade_timeout: float = Field(5.0, gt=0, description="seconds for one answer; longer counts as wrong")
+    failed_reward: float = Field(0.0, description="of an answer whose grading hangs, crashes or raises")
 
 
 class RolloutSpec(_Section):
@@ -128,11 +129,15 @@ class AlgorithmSpec(_Section):
                 raise ValueError(f"algorithm.{next(iter(bounds))}: {self.name!r} has no threshold. Remove the key")
             if "floor" in bounds and correction.beyond != "mask":
                 raise ValueError(f"algorithm.floor: {self.name!r} truncates and has no floor. Remove the key")
+            if bounds.get("floor", correction.floor) >= bounds.get("cap", correction.cap):
+                raise ValueError("algorithm.floor is not below algorithm.cap: every response would be rejected")
             objective = replace(objective, correction=replace(correction, **bounds))
         clips = _given(low=self.clip_low, high=self.clip_high, dual=self.clip_dual)
         if clips:
             if isinstance(objective, PG):
                 raise ValueError(f"algorithm.clip_{next(iter(clips))}: {self.name!r} does not clip. Remove the key")
+            if "dual" in clips and isinstance(objective, CISPO):
+                raise ValueError(f"algorithm.clip_dual: {self.name!r} drops no gradient. Remove the key")
             objective = replace(objective, clip=replace(objective.clip, **clips))
         parts = _given(advantage=self.advantage, reduction=self.reduction)
         return replace(algorithm, objective=objective, **parts)
@@ -215,7 +220,7 @@ class Recipe(_Section):
         baseline = ADVANTAGES[self.algorithm.build().advantage].baseline
         if self.rollout.samples < 2 and baseline != "none":
             raise ValueError(
-                f"rollout.samples = {self.rollout.samples}: {self.algorithm.name!r} compares the responses to one prompt "
+                f"rollout.samples = {self.rollout.samples}: {self.algorithm.name!r} compares responses to one prompt "
                 "with each other. Use at least 2, or algorithm.advantage = 'reward'"
             )
         if self.optim.updates > self.rollout.prompts:

@@ -121,10 +121,12 @@ def collect(policy: Policy, stream: ProblemStream, recipe: Recipe, step: int, cl
     rounds = 0
     while len(kept) < wanted and rounds < recipe.rollout.max_rounds:
         groups = policy.answer(stream.take(wanted), recipe.rollout.samples, (recipe.seed, step, rounds), clock)
+        # judged by the grader's rewards: a length penalty alone does not make a group worth training on
+        useful = [informative(g) or not recipe.dynamic_sampling for g in groups]
         groups = [[shape_overlong(r, recipe) for r in group] for group in groups]
         rounds += 1
         sampled += groups
-        kept += [g for g in groups if informative(g)] if recipe.dynamic_sampling else groups
+        kept += [g for g, is_useful in zip(groups, useful, strict=True) if is_useful]
     return Collected(kept[:wanted], sampled, rounds, _describe(kept, sampled, rounds))
 
 
@@ -152,7 +154,7 @@ def rows(groups: Sequence[Group], advantage: Advantage) -> list[list[Row]]:
     """Groups of rollouts -> groups of rows with advantages."""
     out = []
     for group in groups:
-        values = advantage(torch.tensor([r.reward for r in group]))
+        values = advantage(torch.tensor([r.reward for r in group], dtype=torch.double))
         out.append([Row(r, float(a)) for r, a in zip(group, values, strict=True)])
     return out
 

@@ -137,10 +137,15 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
     model = loading.load(recipe.model, recipe.rollout.stop_tokens)
     train = ask(recipe.task.data, recipe, model, recipe.rollout.max_tokens, recipe.task.limit)
     eval_tokens = recipe.eval.max_tokens or recipe.rollout.max_tokens
-    evals = {Path(s).stem: ask(s, recipe, model, eval_tokens, recipe.eval.limit) for s in recipe.eval.data}
+    sources = recipe.eval.data if recipe.eval.every else ()
+    evals = {Path(s).stem: ask(s, recipe, model, eval_tokens, recipe.eval.limit) for s in sources}
     with contextlib.ExitStack() as stack:
         task = recipe.task
-        grader = stack.enter_context(open_grader(task.grader, workers=task.grade_workers, timeout=task.grade_timeout))
+        grader = stack.enter_context(
+            open_grader(
+                task.grader, workers=task.grade_workers, timeout=task.grade_timeout, failed_reward=task.failed_reward
+            )
+        )
         engine = stack.enter_context(make_engine(recipe, model, recipe.precision))
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))

@@ -238,6 +238,6 @@ def test_the_paper_index_names_what_exists():
     references = re.findall(r"`(A|P|M|tests/\w+\.py)::(\w+)`", text)
     assert len(references) > 30
     for file, name in references:
-        assert f"def {name}(" in (top / SHORT.get(file, file)).read_text(), f"{file}::{name}"
+        assert f"def {name}(" in (top / SHORT.get(str(file), str(file))).read_text(), f"{file}::{name}"
     listed = set(re.findall(r"^\| `([\w-]+)` \|", text, flags=re.MULTILINE))
     assert listed == set(ALGORITHMS)

@@ -21,6 +21,8 @@ from tenbit.engines.torch import TorchEngine
 from tenbit.precision import Precision
 from tenbit.types import Prompt, Sampling
 
+torch.set_num_threads(1)
+
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 64,

@@ -8,6 +8,8 @@ tries them all, and `docs/data.md` holds what it prints.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,12 @@ def test_the_table_in_the_documentation_is_of_these_sets(examined):
         said = [cell.strip() for cell in stated.strip("|").split("|")][2:]
         assert (said[0], said[3]) == (self_wrong, text_only)
         assert all(int(a) <= int(b) for a, b in zip(mistaken, said[1:3], strict=True))
+
+
+def test_the_command_prints_the_table():
+    command = [sys.executable, "-m", "tenbit.tasks.grading_report", "amc23", "--workers", "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "| `amc23` | 40 | 0 | 0 | 0 | 0 |" in ran.stdout.splitlines()
 
 
 def test_altered_changes_the_first_digit_only():

@@ -177,7 +177,7 @@ def test_identical_policies_have_no_mismatch():
     assert {k: got[k] for k in zero} == pytest.approx(dict.fromkeys(zero, 0.0), abs=1e-15)
 
 
-@pytest.mark.parametrize("certainty", [1e-1, 1e-4, 1e-7, 1e-10])
+@pytest.mark.parametrize("certainty", [1e-1, 1e-4, 1e-7, 1e-10, 1e-14])
 def test_pearson_of_nearly_certain_policies(certainty: float):
     """Probabilities 1 - 1e-10: sums of p and p^2 cancel to noise, sums of 1 - p do not."""
     rng = np.random.default_rng(4)

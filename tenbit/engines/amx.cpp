@@ -75,7 +75,8 @@ void tiles(const uint16_t* hi, const uint16_t* lo, int64_t k, const uint16_t* pa
         _tile_zero(3);
     }
     const int64_t bytes = k * 2;
-    for (int64_t i = 0; i < k; i += 32, packed += 2 * kTile * (SPLIT ? 2 : 1)) {
+    constexpr int64_t kBlock = 2 * kTile * (SPLIT ? 2 : 1);
+    for (int64_t i = 0; i < k; i += 32, packed += kBlock) {
         _tile_loadd(6, packed, 64);
         _tile_loadd(7, packed + kTile, 64);
         _tile_loadd(4, hi + i, bytes);

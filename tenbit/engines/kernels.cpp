@@ -6,6 +6,7 @@
 // Storage is FP32, FP16 or BF16; arithmetic is FP32. Values are rounded to storage exactly where the library's modules
 // round them, so the only freedom taken is the order of additions.
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <vector>
 
@@ -95,11 +96,16 @@ template <int T> void rotate(void* qkv_, int64_t n, int64_t heads, int64_t kv_he
 // ---- attention of one new token per row over the cache
 
 // G query heads that share a key head; head_dim = 16 * D. Scores, softmax, weighted sum of values; all FP32.
+// Keys are read in blocks of 16 positions, the last of which may reach beyond `length` (capacity is a multiple of 16);
+// what lies there does not count. The cache streams from memory: while keys are read, values are fetched, and while
+// values are read, the keys at `next`.
 template <int T, int D, int G>
 void attend_heads(const typename Store<T>::type* q, const typename Store<T>::type* keys,
-                  const typename Store<T>::type* values, int64_t length, float scale, float* scores,
-                  typename Store<T>::type* out) {
+                  const typename Store<T>::type* values, const typename Store<T>::type* next, int64_t length,
+                  float scale, float* scores, typename Store<T>::type* out) {
     using S = Store<T>;
+    using E = typename S::type;
+    constexpr int kLines = D * 16 * sizeof(E) / 64 ? D * 16 * sizeof(E) / 64 : 1;
     const int64_t stride = (length + 15) / 16 * 16;
     __m512 query[G][D], high[G];
     for (int g = 0; g < G; ++g) {
@@ -107,21 +113,28 @@ void attend_heads(const typename Store<T>::type* q, const typename Store<T>::typ
         for (int i = 0; i < D; ++i) query[g][i] = S::load(q + (g * D + i) * 16);
     }
     for (int64_t s = 0; s < length; s += 16) {
-        __m512 part[G][16];
-        const int64_t rows = std::min<int64_t>(16, length - s);
-        for (int64_t j = 0; j < rows; ++j) {
-            const typename S::type* key = keys + (s + j) * D * 16;
-            for (int i = 0; i < D; ++i) {
-                const __m512 k = S::load(key + i * 16);
-                for (int g = 0; g < G; ++g)
-                    part[g][j] = i ? _mm512_fmadd_ps(query[g][i], k, part[g][j]) : _mm512_mul_ps(query[g][i], k);
+        __m512 quarter[G][4];
+        for (int j = 0; j < 4; ++j) {
+            const E* key = keys + (s + 4 * j) * D * 16;
+            __m512 part[G][4];
+#pragma GCC unroll 4
+            for (int m = 0; m < 4; ++m) {
+                for (int line = 0; line < kLines; ++line)
+                    _mm_prefetch((const char*)(values + (s + 4 * j + m) * D * 16) + 64 * line, _MM_HINT_T0);
+#pragma GCC unroll 16
+                for (int i = 0; i < D; ++i) {
+                    const __m512 k = S::load(key + (m * D + i) * 16);
+#pragma GCC unroll 2
+                    for (int g = 0; g < G; ++g)
+                        part[g][m] = i ? _mm512_fmadd_ps(query[g][i], k, part[g][m]) : _mm512_mul_ps(query[g][i], k);
+                }
             }
+#pragma GCC unroll 2
+            for (int g = 0; g < G; ++g) quarter[g][j] = sums4(part[g]);
         }
-        const __mmask16 inside = lanes(rows);
-        for (int64_t j = rows; j < 16; ++j)
-            for (int g = 0; g < G; ++g) part[g][j] = _mm512_setzero_ps();
         for (int g = 0; g < G; ++g) {
-            const __m512 dot = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), inside, sums16(part[g]), _mm512_set1_ps(scale));
+            const __m512 dot = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), lanes(length - s), sums16(quarter[g]),
+                                                  _mm512_set1_ps(scale));
             high[g] = _mm512_max_ps(high[g], dot);
             _mm512_storeu_ps(scores + g * stride + s, dot);
         }
@@ -142,6 +155,9 @@ void attend_heads(const typename Store<T>::type* q, const typename Store<T>::typ
     for (int64_t s = 0; s < length; ++s) {
         __m512 weight[G];
         for (int g = 0; g < G; ++g) weight[g] = _mm512_set1_ps(scores[g * stride + s]);
+        for (int line = 0; line < kLines; ++line)
+            _mm_prefetch((const char*)(next + s * D * 16) + 64 * line, _MM_HINT_T0);
+#pragma GCC unroll 16
         for (int i = 0; i < D; ++i) {
             const __m512 v = S::load(values + (s * D + i) * 16);
             for (int g = 0; g < G; ++g) sum[g][i] = _mm512_fmadd_ps(weight[g], v, sum[g][i]);
@@ -154,7 +170,8 @@ void attend_heads(const typename Store<T>::type* q, const typename Store<T>::typ
 }
 
 // Stores each row's key and value at its position, then attends to positions up to it.
-// qkv [n, heads + 2 kv_heads, 16 D]; keys, values [rows, kv_heads, capacity, 16 D]; out [n, heads, 16 D].
+// qkv [n, heads + 2 kv_heads, 16 D]; keys, values [rows, kv_heads, capacity, 16 D], capacity a multiple of 16;
+// out [n, heads, 16 D].
 template <int T, int D>
 void attend(const void* qkv_, void* keys_, void* values_, const int64_t* position, void* out_, int64_t n,
             int64_t heads, int64_t kv_heads, int64_t capacity) {
@@ -176,9 +193,13 @@ void attend(const void* qkv_, void* keys_, void* values_, const int64_t* positio
             E* out = (E*)out_ + (r * heads + h * group) * d;
             const E* q = row + h * group * d;
             int64_t g = 0;
-            for (; g + 2 <= group; g += 2)
-                attend_heads<T, D, 2>(q + g * d, keys, values, length, scale, scores.data(), out + g * d);
-            if (g < group) attend_heads<T, D, 1>(q + g * d, keys, values, length, scale, scores.data(), out + g * d);
+            for (; g + 2 <= group; g += 2) {
+                const E* next = g + 2 < group ? keys : keys + capacity * d;
+                attend_heads<T, D, 2>(q + g * d, keys, values, next, length, scale, scores.data(), out + g * d);
+            }
+            if (g < group)
+                attend_heads<T, D, 1>(q + g * d, keys, values, keys + capacity * d, length, scale, scores.data(),
+                                      out + g * d);
         }
     }
 }
@@ -191,21 +212,21 @@ template <int T> void draw(const void* logits_, const float* uniform, float temp
     using S = Store<T>;
     using E = typename S::type;
     constexpr int64_t kBlock = 256;
-    const __m512 divisor = _mm512_set1_ps(temperature);
+    const __m512 inverse = _mm512_set1_ps(1.0f / temperature), floor = _mm512_set1_ps(-INFINITY);
 #pragma omp parallel
     {
         std::vector<double> sums((v + kBlock - 1) / kBlock);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < n; ++r) {
             const E* x = (const E*)logits_ + r * v;
-            const auto scores = [&](int64_t i) {  // 16 of them from i; beyond the end -inf
-                const __mmask16 inside = lanes(v - i);
-                return _mm512_mask_div_ps(_mm512_set1_ps(-INFINITY), inside, S::load(x + i, inside), divisor);
+            // 16 logits from i; beyond the end -inf.
+            const auto at = [&](int64_t i) {
+                return i + 16 <= v ? S::load(x + i) : _mm512_mask_mov_ps(floor, lanes(v - i), S::load(x + i, lanes(v - i)));
             };
-            __m512 high = _mm512_set1_ps(-INFINITY);
+            __m512 high = floor;
             __mmask16 finite = 0xffff;
             for (int64_t i = 0; i < v; i += 16) {
-                const __m512 s = scores(i);
+                const __m512 s = at(i);
                 high = _mm512_max_ps(high, s);
                 // Not finite: NaN, +inf or -inf.
                 finite &= (__mmask16)~_mm512_mask_fpclass_ps_mask(lanes(v - i), s, 0x99);
@@ -216,11 +237,12 @@ template <int T> void draw(const void* logits_, const float* uniform, float temp
             }
             const float top_one = _mm512_reduce_max_ps(high);
             const __m512 top = _mm512_set1_ps(top_one);
+            const auto weights = [&](int64_t i) { return exp_ps(_mm512_mul_ps(_mm512_sub_ps(at(i), top), inverse)); };
             double total = 0.0;
             for (int64_t b = 0; b < (int64_t)sums.size(); ++b) {
                 __m512 sum = _mm512_setzero_ps();
                 for (int64_t i = b * kBlock; i < std::min(v, (b + 1) * kBlock); i += 16)
-                    sum = _mm512_add_ps(sum, exp_ps(_mm512_sub_ps(scores(i), top)));
+                    sum = _mm512_add_ps(sum, weights(i));
                 sums[b] = _mm512_reduce_add_ps(sum);
                 total += sums[b];
             }
@@ -238,7 +260,7 @@ template <int T> void draw(const void* logits_, const float* uniform, float temp
             bool found = false;
             for (int64_t i = b * kBlock; i < std::min(v, (b + 1) * kBlock) && !found; i += 16) {
                 alignas(64) float e[16];
-                _mm512_store_ps(e, exp_ps(_mm512_sub_ps(scores(i), top)));
+                _mm512_store_ps(e, weights(i));
                 for (int64_t j = 0; j < std::min<int64_t>(16, v - i) && !found; ++j) {
                     if (e[j] <= 0.0f) continue;
                     below += e[j];
@@ -247,7 +269,7 @@ template <int T> void draw(const void* logits_, const float* uniform, float temp
                 }
             }
             tokens[r] = token;
-            logp[r] = S::one(x[token]) / temperature - top_one - (float)std::log(total);
+            logp[r] = (S::one(x[token]) - top_one) / temperature - (float)std::log(total);
         }
     }
 }
@@ -264,6 +286,13 @@ template <int T> void draw(const void* logits_, const float* uniform, float temp
     }
 
 extern "C" {
+
+// Asks for large pages for memory that is about to be used for the first time.
+void tb_large_pages(void* memory, int64_t bytes) {
+    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)memory + bytes) / page * page;
+    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
+}
 
 void tb_add_norm(int dtype, void* x, const void* y, const void* weight, void* out, int64_t n, int64_t d, float eps) {
     BY_DTYPE(add_norm<kF32>(x, y, weight, out, n, d, eps), add_norm<kF16>(x, y, weight, out, n, d, eps),

@@ -14,8 +14,8 @@ same ones as compiled kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary embeddings whose table depends on the position alone.
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+# Positions that a cache has room for at first, where sequences may become so long.
+FIRST_CAPACITY = 512
 # Logits held at a time when given tokens are scored, in numbers.
 LOGITS_AT_ONCE = 1 << 25
 
@@ -67,6 +69,20 @@ class Layer:
     gate_up: Linear
     down: Linear
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights. `head` may be in a wider format than the rest."""
+
+    embedding: Tensor
+    layers: tuple[Layer, ...]
+    norm: Tensor
+    head: Linear
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -87,8 +103,24 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     return Shape(config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps)
 
 
+# A whole decode step: tokens ``[n]``, position ``[n]``, rotary tables and the cache's keys and values to logits
+# ``[n, V]``, or None where the building blocks one by one are the better way.
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]
+
+
 class Ops(Protocol):
     """The building blocks of a block. `n` rows, hidden size `d`."""
+
+    # Whether attention may read cache positions that no row has reached yet.
+    reads_ahead: bool
+
+    def whole_step(self, weights: Weights, shape: Shape) -> Step | None:
+        """All of a decode step at once, where the ops can do that. Asked for after each load."""
+        ...
+
+    def cache(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for keys or values, unset."""
+        ...
 
     def refresh(self, linears: Sequence[Linear]) -> None:
         """Rebuilds whatever is derived from weights. Called after each load."""
@@ -136,6 +168,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class PlainOps:
     """`Ops` in plain torch, on any device."""
+
+    reads_ahead = True
+
+    def whole_step(self, weights: Weights, shape: Shape) -> Step | None:
+        return None
+
+    def cache(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
 
     def refresh(self, linears: Sequence[Linear]) -> None:
         return
@@ -258,13 +298,16 @@ class LlamaRunner:
         self.shape = shape_of(module.config)
         model: Any = module.base_model
         self.device, self.dtype, self.ops = device, module.dtype, ops
-        self.embedding: Tensor = model.embed_tokens.weight.detach()
-        self.layers = [_layer(block) for block in model.layers]
-        self.norm: Tensor = model.norm.weight.detach()
+        head: Any = module.get_output_embeddings()
+        self.weights = Weights(
+            model.embed_tokens.weight.detach(),
+            tuple(_layer(block) for block in model.layers),
+            model.norm.weight.detach(),
+            Linear(head.weight.detach(), None),
+        )
+        self._head_source, self._head_dtype = self.weights.head, head_dtype
         self._rotary = model.rotary_emb
-        self._head_source: Tensor = module.get_output_embeddings().weight.detach()  # pyright: ignore
-        self._head_dtype = head_dtype
-        self.head = Linear(self._head_source, None)
+        self._step: Step | None = None
         self.cos = self.sin = torch.empty(0)
         self.keys = self.values = torch.empty(0)
         self._limit = 0
@@ -273,16 +316,16 @@ class LlamaRunner:
 
     def refresh(self) -> None:
         """Rebuilds what is derived from the weights: a wider head, and what the ops keep."""
-        if self._head_dtype != self.dtype:
-            self.head = Linear(self._head_source.to(self._head_dtype), None)
-        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        self.ops.refresh([*linears, self.head])
+        head = Linear(self._head_source.weight.to(self._head_dtype), None)
+        self.weights = replace(self.weights, head=head)
+        self.ops.refresh([*(linear for layer in self.weights.layers for linear in layer.linears), head])
+        self._step = self.ops.whole_step(self.weights, self.shape)
 
     def _tables(self, length: int) -> None:
         """Rotary tables for positions below `length`, from the module's own embedding."""
         if len(self.cos) < length:
             position = torch.arange(length, device=self.device)[None]
-            cos, sin = self._rotary(self.embedding[:1], position)
+            cos, sin = self._rotary(self.weights.embedding[:1], position)
             self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
 
     # --- the cache: [layers, rows, kv_heads, capacity, head_dim], of which rows [0, n) are in use
@@ -294,23 +337,28 @@ class LlamaRunner:
         self._tables(length)
         if self.keys.ndim != 5 or self.keys.shape[1] < rows:
             self.keys = self.values = torch.empty(0)
-            self._capacity(rows, min(length, 64))
+            self._capacity(rows, min(length, FIRST_CAPACITY))
+        elif self.ops.reads_ahead:
+            self._clear(0)
+
+    def _clear(self, start: int) -> None:
+        """Positions that a row has not reached are masked, but NaN left over in memory would survive a mask."""
+        self.keys[:, :, :, start:] = 0
+        self.values[:, :, :, start:] = 0
 
     def _capacity(self, rows: int, length: int) -> None:
         """Room for rows of `length` tokens; what is there stays. It grows with the sequences, not with their limit."""
-        shape = self.shape
-        old_keys, old_values = self.keys, self.values
-        size = (len(self.layers), rows, shape.kv_heads, length, shape.head_dim)
-        self.keys = torch.empty(size, dtype=self.dtype, device=self.device)
-        self.values = torch.empty_like(self.keys)
-        # Positions that a row has not reached are masked, but NaN left over in memory would survive a mask.
-        self.values.zero_()
-        self.keys.zero_()
-        n = len(self.lengths)
-        if n:
-            longest = max(self.lengths)
-            self.keys[:, :n, :, :longest] = old_keys[:, :n, :, :longest]
-            self.values[:, :n, :, :longest] = old_values[:, :n, :, :longest]
+        shape, used = self.shape, max(self.lengths, default=0)
+        length = -(-length // 16) * 16
+        old = self.keys, self.values
+        size = (len(self.weights.layers), rows, shape.kv_heads, length, shape.head_dim)
+        self.keys, self.values = (self.ops.cache(size, self.dtype, self.device) for _ in old)
+        if used:
+            n = len(self.lengths)
+            for new, before in zip((self.keys, self.values), old, strict=True):
+                new[:, :n, :, :used] = before[:, :n, :, :used]
+        if self.ops.reads_ahead:
+            self._clear(used)
 
     def _make_room(self, length: int) -> None:
         if length > self.keys.shape[3]:
@@ -339,9 +387,9 @@ class LlamaRunner:
     def _blocks(self, x: Tensor, position: Tensor, attend: Any) -> Tensor:
         """The whole stack over token rows; ``attend(i, qkv)`` is what decode and prefill differ in."""
         ops, eps = self.ops, self.shape.eps
-        norms = [layer.norm1 for layer in self.layers[1:]] + [self.norm]
-        h = ops.norm(x, self.layers[0].norm1, eps)
-        for i, (layer, norm) in enumerate(zip(self.layers, norms, strict=True)):
+        norms = [layer.norm1 for layer in self.weights.layers[1:]] + [self.weights.norm]
+        h = ops.norm(x, self.weights.layers[0].norm1, eps)
+        for i, (layer, norm) in enumerate(zip(self.weights.layers, norms, strict=True)):
             qkv = ops.linear(h, layer.qkv)
             ops.rotate(qkv, layer, self.shape, self.cos, self.sin, position)
             x, h = ops.add_norm(x, ops.linear(attend(i, qkv), layer.out), layer.norm2, eps)
@@ -356,13 +404,17 @@ class LlamaRunner:
         def attend(i: int, qkv: Tensor) -> Tensor:
             return self.ops.attend(qkv, self.keys[i], self.values[i], self.shape, self.position, longest)
 
-        h = self._blocks(self.embedding[tokens], self.position, attend)
-        self.position = self.position + 1
+        logits = None
+        if self._step is not None:
+            logits = self._step(tokens, self.position, self.cos, self.sin, self.keys, self.values)
+        if logits is None:
+            logits = self._logits(self._blocks(self.weights.embedding[tokens], self.position, attend))
+        self.position += 1
         self.lengths = [length + 1 for length in self.lengths]
-        return self._logits(h)
+        return logits
 
     def _logits(self, h: Tensor) -> Tensor:
-        return self.ops.linear(h.to(self._head_dtype), self.head)
+        return self.ops.linear(h.to(self._head_dtype), self.weights.head)
 
     def _packed(self, sequences: Sequence[Sequence[int]], attend: Any = None) -> tuple[Tensor, Ragged]:
         """Last hidden states ``[tokens, d]`` of sequences run side by side; ``keep(i, k, v)`` sees keys and values."""
@@ -377,11 +429,11 @@ class LlamaRunner:
                 attend(i, k, v)
             return ragged.attend(q, k, v)
 
-        return self._blocks(self.embedding[ids], ragged.position, causal), ragged
+        return self._blocks(self.weights.embedding[ids], ragged.position, causal), ragged
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Any, Tensor]]:
         shape, tokens = self.shape, sum(map(len, prompts))
-        size = (len(self.layers), shape.kv_heads, tokens, shape.head_dim)
+        size = (len(self.weights.layers), shape.kv_heads, tokens, shape.head_dim)
         keys = torch.empty(size, dtype=self.dtype, device=self.device)
         values = torch.empty_like(keys)
 
@@ -404,5 +456,5 @@ class LlamaRunner:
         first = torch.tensor([len(p) for p, _ in sequences]) - 1
         place = ragged.position.cpu() - first[row]
         wanted = (place >= 0).nonzero()[:, 0]
-        for part in wanted.split(max(1, LOGITS_AT_ONCE // len(self.embedding))):
+        for part in wanted.split(max(1, LOGITS_AT_ONCE // len(self.weights.embedding))):
             yield row[part], place[part], self._logits(h[part.to(self.device)])

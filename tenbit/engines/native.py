@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tenbit.engines import sampling as sampler
-from tenbit.engines.llama import Layer, Linear, Shape
+from tenbit.engines.llama import Layer, Linear, Shape, Step, Weights
 from tenbit.precision import Format
 from tenbit.types import Sampling
 
@@ -90,7 +90,7 @@ def _load() -> ctypes.CDLL:
     if platform.machine() != "x86_64" or not flags >= NEEDED:
         raise OSError("the CPU has no AVX-512")
     here = Path(__file__).parent
-    sources = [here / "kernels.cpp"] + ([here / "amx.cpp"] if flags >= AMX else [])
+    sources = [here / name for name in ("kernels.cpp", *(("amx.cpp", "step.cpp") if flags >= AMX else ()))]
     openmp = _openmp()
     parts = [source.read_bytes() for source in [here / "simd.h", *sources]]
     parts += [" ".join([*FLAGS, *openmp, *sorted(flags)]).encode()]
@@ -111,6 +111,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         return None, str(getattr(error, "stderr", None) or error)
     p, n, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     signatures = {
+        "tb_large_pages": [p, n],
         "tb_add_norm": [i, p, p, p, p, n, n, f],
         "tb_silu_mul": [i, p, p, n, n],
         "tb_rotate": [i, p, n, n, n, n, p, p, f, p, p, p],
@@ -118,6 +119,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         "tb_draw": [i, p, p, f, n, n, p, p],
         "tb_pack": [i, p, n, n, p],
         "tb_linear": [i, p, n, n, p, p, n, p],
+        "tb_step": [p, p, p, n, p, p, p, p, n, n, p, p],
     }
     for name, arguments in signatures.items():
         if hasattr(lib, name):
@@ -159,6 +161,34 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class _LinearStruct(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+    )
+
+
+class _LayerStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, _LinearStruct) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("norm1", "q_norm", "k_norm", "norm2")),
+    )
+
+
+class _ModelStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "heads", "kv_heads", "head_dim")),
+        ("layer", ctypes.POINTER(_LayerStruct)),
+        ("head", _LinearStruct),
+        ("embedding", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("dtype", ctypes.c_int),
+    )
+
+
 class NativeOps:
     """`llama.Ops` by the kernels, on the CPU.
 
@@ -167,11 +197,18 @@ class NativeOps:
     twice as large, so those stay with torch.
     """
 
+    reads_ahead = False
+
     def __init__(self) -> None:
         lib = library()
         assert lib is not None
         self._lib = lib
         self._packed: dict[int, Tensor] = {}
+
+    def cache(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        memory = torch.empty(size, dtype=dtype, device=device)
+        self._lib.tb_large_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+        return memory
 
     def refresh(self, linears: Sequence[Linear]) -> None:
         old, self._packed = self._packed, {}
@@ -262,6 +299,62 @@ class NativeOps:
         )
         assert not failed
         return out
+
+    def whole_step(self, weights: Weights, shape: Shape) -> Step | None:
+        """A whole decode step in one call, where every product can go to the tiles."""
+        linears = [weights.head, *(linear for layer in weights.layers for linear in layer.linears)]
+        if any(linear.weight.data_ptr() not in self._packed for linear in linears):
+            return None
+
+        def linear(of: Linear) -> _LinearStruct:
+            packed = self._packed[of.weight.data_ptr()]
+            return _LinearStruct(packed.data_ptr(), _pointer(of.bias), *of.weight.shape)
+
+        layers = (_LayerStruct * len(weights.layers))()
+        for struct, layer in zip(layers, weights.layers, strict=True):
+            for name in ("qkv", "out", "gate_up", "down"):
+                setattr(struct, name, linear(getattr(layer, name)))
+            for name in ("norm1", "q_norm", "k_norm", "norm2"):
+                setattr(struct, name, _pointer(getattr(layer, name)))
+        model = _ModelStruct(
+            len(layers),
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            layers,
+            linear(weights.head),
+            weights.embedding.data_ptr(),
+            weights.norm.data_ptr(),
+            shape.eps,
+            _code(weights.embedding),
+        )
+        hidden, first = weights.embedding.shape[1], weights.layers[0]
+        per_row = 2 * hidden + len(first.qkv.weight) + first.out.weight.shape[1] + 3 * first.down.weight.shape[1]
+
+        def step(tokens: Tensor, position: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+            n = len(tokens)
+            if n < FEW_ROWS:
+                return None
+            tokens = tokens.contiguous()
+            scratch = keys.new_empty(n, per_row)
+            logits = keys.new_empty(n, len(weights.head.weight))
+            self._lib.tb_step(
+                ctypes.addressof(model),
+                tokens.data_ptr(),
+                position.data_ptr(),
+                n,
+                cos.data_ptr(),
+                sin.data_ptr(),
+                keys.data_ptr(),
+                values.data_ptr(),
+                keys.shape[1],
+                keys.shape[3],
+                scratch.data_ptr(),
+                logits.data_ptr(),
+            )
+            return logits
+
+        return step
 
     def draw(self, logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """As `sampling.draw`, which also does what the kernel does not: truncation and temperature 0."""

@@ -146,7 +146,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """
     bos = tokenizer.bos_token_id
     added = _ids(tokenizer, "", True)
-    return [bos] if bos is not None and added[:1] == [bos] and ids[:1] != [bos] else []
+    return [bos] if isinstance(bos, int) and added[:1] == [bos] and ids[:1] != [bos] else []
 
 
 def _is_token(token: str, tokenizer: PreTrainedTokenizerBase) -> bool:
