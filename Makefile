@@ -26,6 +26,16 @@ lint: $(STAMP)   ## ruff and pyright
 
 install: $(STAMP) ## make .venv
 
+bench: $(STAMP)  ## the figures under benchmarks/results, on a quiet machine; TRL is installed for it
+	@$(PIP) -e '.[bench]'
+	for name in sampling training end_to_end proximal memory mismatch; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# On a GPU machine that brings its own torch: `make gpu-check GPU_PYTHON=python3`
+GPU_PYTHON ?= $(BIN)/python
+gpu-check:       ## the GPU tests and what is worth measuring on a GPU
+	$(GPU_PYTHON) -m pytest -q -m gpu
+	$(GPU_PYTHON) benchmarks/mismatch.py
+
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a minute or two) ..."

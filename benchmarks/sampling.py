@@ -96,7 +96,9 @@ def measure(name: str, lengths: str, paths: list[Path], rounds: int) -> dict[str
     allowed = 0.0 if not stop else 0.15
     for key, mean in tokens.items():
         if abs(mean / tokens["generate"] - 1.0) > allowed:
-            raise SystemExit(f"{key} made {mean:.0f} tokens a round, generate {tokens['generate']:.0f}: not the same work")
+            raise SystemExit(
+                f"{key} made {mean:.0f} tokens a round, generate {tokens['generate']:.0f}: not the same work"
+            )
     return {
         "precision": name,
         "lengths": lengths,

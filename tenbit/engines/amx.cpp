@@ -65,54 +65,44 @@ template <bool SPLIT> void pack(const uint16_t* weight, int64_t out, int64_t k, 
     }
 }
 
-// 32 rows (or 16) by 32 outputs, summed over k into acc [32, 32].
-template <bool SPLIT, bool TALL>
-void tiles(const uint16_t* hi, const uint16_t* lo, int64_t k, const uint16_t* packed, float* acc) {
+// 32 rows (or 16) by 32 outputs, summed over k into acc [32, 32]. `upper` are 16 rows as tiles, the next 16 follow.
+template <bool SPLIT, bool TALL> void tiles(const uint16_t* upper, int64_t k, const uint16_t* packed, float* acc) {
+    constexpr int64_t kWide = SPLIT ? 2 : 1;
+    const uint16_t* lower = upper + 16 * k * kWide;
     _tile_zero(0);
     _tile_zero(1);
     if (TALL) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    const int64_t bytes = k * 2;
-    constexpr int64_t kBlock = 2 * kTile * (SPLIT ? 2 : 1);
-    for (int64_t i = 0; i < k; i += 32, packed += kBlock) {
-        _tile_loadd(6, packed, 64);
-        _tile_loadd(7, packed + kTile, 64);
-        _tile_loadd(4, hi + i, bytes);
+    const auto multiply = [] {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (TALL) {
-            _tile_loadd(5, hi + 16 * k + i, bytes);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
+    };
+    for (int64_t i = 0; i < k; i += 32, packed += 2 * kTile * kWide, upper += kTile * kWide, lower += kTile * kWide) {
+        const auto rows = [&](int64_t offset) {
+            _tile_loadd(4, upper + offset, 64);
+            if (TALL) _tile_loadd(5, lower + offset, 64);
+        };
+        const auto weights = [&](int64_t offset) {
+            _tile_loadd(6, packed + offset, 64);
+            _tile_loadd(7, packed + offset + kTile, 64);
+        };
+        weights(0);
+        rows(0);
+        multiply();
         if (SPLIT) {
-            // (lo, hi'), then (lo, lo'), then (hi, lo'): every step loads one side only.
-            _tile_loadd(4, lo + i, bytes);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (TALL) {
-                _tile_loadd(5, lo + 16 * k + i, bytes);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_loadd(6, packed + 2 * kTile, 64);
-            _tile_loadd(7, packed + 3 * kTile, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (TALL) {
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_loadd(4, hi + i, bytes);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (TALL) {
-                _tile_loadd(5, hi + 16 * k + i, bytes);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+            // hi hi' is done; then lo hi', lo lo', hi lo': every step loads one side only.
+            rows(kTile);
+            multiply();
+            weights(2 * kTile);
+            multiply();
+            rows(0);
+            multiply();
         }
     }
     _tile_stored(0, acc, 128);
@@ -123,55 +113,59 @@ void tiles(const uint16_t* hi, const uint16_t* lo, int64_t k, const uint16_t* pa
     }
 }
 
+// Rows [n, k] as tiles of 16 rows by 32 inputs, for FP16 hi then lo; rows from n to `padded`, a multiple of 16, are
+// zero. To be called inside `omp parallel`.
+template <bool SPLIT> void pack_rows(const uint16_t* x, int64_t n, int64_t padded, int64_t k, uint16_t* out) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < padded; ++r)
+        for (int64_t i = 0; i < k; i += 32) {
+            uint16_t* tile = out + (r / 16 * 16 * k + i * 16) * (SPLIT ? 2 : 1) + r % 16 * 32;
+            if (r >= n) {
+                std::memset(tile, 0, 64);
+                if (SPLIT) std::memset(tile + kTile, 0, 64);
+            } else if (SPLIT) {
+                for (int64_t j = 0; j < 32; j += 16) {
+                    __m256i hi, lo;
+                    split(Store<kF16>::load(x + r * k + i + j), hi, lo);
+                    _mm256_store_si256((__m256i*)(tile + j), hi);
+                    _mm256_store_si256((__m256i*)(tile + kTile + j), lo);
+                }
+            } else {
+                std::memcpy(tile, x + r * k + i, 64);
+            }
+        }
+}
+
 template <int T> void linear(const uint16_t* x, int64_t n, int64_t k, const uint16_t* packed, const uint16_t* bias,
                              int64_t out, uint16_t* y) {
     using S = Store<T>;
     constexpr bool kSplit = T == kF16;
-    const int64_t blocks = (out + 31) / 32, padded = n < 32 ? (n <= 16 ? 16 : 32) : n;
-    const bool copy = kSplit || padded != n;
-    thread_local std::vector<uint16_t> buffer;
-    if (copy) buffer.resize((kSplit ? 2 : 1) * padded * k + 64);
-    uint16_t* const hi_copy = buffer.data();
-    uint16_t* const lo = hi_copy + padded * k;
-    const uint16_t* const hi = copy ? hi_copy : x;
+    constexpr int64_t kWide = kSplit ? 2 : 1;
+    const int64_t padded = (n + 15) / 16 * 16, blocks = (out + 31) / 32;
+    thread_local std::vector<uint16_t> memory;
+    memory.resize(padded * k * kWide + 64);
+    uint16_t* const rows = (uint16_t*)(((uintptr_t)memory.data() + 63) / 64 * 64);
     int64_t chunk = 128;
     while (chunk > 32 && blocks * ((n + chunk - 1) / chunk) < 2 * omp_get_max_threads()) chunk /= 2;
     const int64_t chunks = (n + chunk - 1) / chunk;
 #pragma omp parallel
     {
-        if (copy) {
-#pragma omp for schedule(static)
-            for (int64_t r = 0; r < padded; ++r)
-                for (int64_t i = r * k; i < (r + 1) * k; i += 16) {
-                    __m256i h = _mm256_setzero_si256(), l = h;
-                    if (r < n) {
-                        if (kSplit) split(Store<kF16>::load(x + i), h, l);
-                        else h = _mm256_loadu_si256((const __m256i*)(x + i));
-                    }
-                    _mm256_storeu_si256((__m256i*)(hi_copy + i), h);
-                    if (kSplit) _mm256_storeu_si256((__m256i*)(lo + i), l);
-                }
-        }
+        pack_rows<kSplit>(x, n, padded, k, rows);
         const TileConfig config;
         _tile_loadconfig(&config);
         alignas(64) float acc[32 * 32];
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < blocks * chunks; ++task) {
             const int64_t b = task / chunks, from = (task % chunks) * chunk, to = std::min(n, from + chunk);
-            const uint16_t* weight = packed + b * (k / 32) * 2 * kTile * (kSplit ? 2 : 1);
+            const uint16_t* weight = packed + b * k * 32 * kWide;
             const __mmask16 left = lanes(out - b * 32), right = lanes(out - b * 32 - 16);
             __m512 add[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-            if (bias) {
-                add[0] = S::load(bias + b * 32, left), add[1] = S::load(bias + b * 32 + 16, right);
-            }
+            if (bias) add[0] = S::load(bias + b * 32, left), add[1] = S::load(bias + b * 32 + 16, right);
             for (int64_t r = from; r < to; r += 32) {
-                // The last rows are computed as part of a full tile that ends with them.
-                const bool tall = to - r > 16;
-                const int64_t base = std::max<int64_t>(0, std::min(r, padded - (tall ? 32 : 16)));
-                if (tall) tiles<kSplit, true>(hi + base * k, lo + base * k, k, weight, acc);
-                else tiles<kSplit, false>(hi + base * k, lo + base * k, k, weight, acc);
+                if (to - r > 16) tiles<kSplit, true>(rows + r * k * kWide, k, weight, acc);
+                else tiles<kSplit, false>(rows + r * k * kWide, k, weight, acc);
                 for (int64_t row = r; row < std::min(to, r + 32); ++row) {
-                    const float* a = acc + (row - base) * 32;
+                    const float* a = acc + (row - r) * 32;
                     S::store(y + row * out + b * 32, left, _mm512_add_ps(_mm512_load_ps(a), add[0]));
                     if (right) S::store(y + row * out + b * 32 + 16, right, _mm512_add_ps(_mm512_load_ps(a + 16), add[1]));
                 }

@@ -40,13 +40,14 @@ class _WideHead:
         head = module.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         self.head, self.dtype = head, dtype
-        head.forward = self  # only this instance: a tied embedding keeps its own forward
+        # Only this instance: a tied embedding keeps its own forward.
+        head.forward = self.multiply  # pyright: ignore[reportAttributeAccessIssue]
 
     def refresh(self) -> None:
         self.weight = self.head.weight.to(self.dtype)
         self.bias = None if self.head.bias is None else self.head.bias.to(self.dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.dtype), self.weight, self.bias)
 
 

@@ -1,151 +1,28 @@
-"""The building blocks of `llama.py` and the drawing of tokens as compiled kernels, for CPUs with AVX-512.
+"""The building blocks of `ops.py` and the drawing of tokens as compiled kernels, for CPUs with AVX-512.
 
-The sources, `kernels.cpp` and (for CPUs with AMX) `amx.cpp`, are compiled with g++ on first use, which takes some
-seconds, into the user's cache directory; the file's name carries a hash of sources, flags and CPU, and it appears
-under that name only when complete, so processes may race. Without g++ or AVX-512, or with TENBIT_NATIVE=0 in the
-environment, `library()` is None, `why_not()` says why, and the engine runs in plain torch.
+`compiled.py` compiles and loads them. Sums are in FP32 and rounding is where `PlainOps` rounds, so the two differ by
+the order of additions only.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tenbit.engines import sampling as sampler
-from tenbit.engines.llama import Layer, Linear, Shape, Step, Weights
+from tenbit.engines.compiled import has_amx, library
+from tenbit.engines.ops import Layer, Linear, Shape, Step, Weights
 from tenbit.precision import Format
 from tenbit.types import Sampling
 
-log = logging.getLogger(__name__)
-
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-w")
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c", "fma"}
-AMX = {"amx_tile", "amx_bf16"}
 # Fewer rows than this are multiplied by torch.
 FEW_ROWS = 5
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 _CODES = {Format.FP32: 0, Format.FP16: 1, Format.BF16: 2}
-
-
-def _cpu_flags() -> frozenset[str]:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^flags\s*:(.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return frozenset(found[1].split()) if found else frozenset()
-
-
-def _openmp() -> list[str]:
-    """What to link for OpenMP: the very library that torch has loaded, so that there is one pool of threads."""
-    loaded = re.findall(r"\S*/lib(?:gomp|iomp5|omp)[-.]\S*so\S*", Path("/proc/self/maps").read_text())
-    return loaded[:1] or ["-fopenmp"]
-
-
-def _cache() -> Path:
-    """A folder of the user's for compiled kernels, or one for this process alone if there is none to write to."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    try:
-        (root / "tenbit").mkdir(parents=True, exist_ok=True)
-        if os.access(root / "tenbit", os.W_OK):
-            return root / "tenbit"
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="tenbit-"))
-
-
-def _compile(sources: Sequence[Path], openmp: Sequence[str], target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        jobs = [
-            subprocess.Popen(["g++", *FLAGS, "-c", str(source), "-o", out], stderr=subprocess.PIPE, text=True)
-            for source, out in zip(sources, objects, strict=True)
-        ]
-        errors = [job.communicate()[1] for job in jobs]
-        if any(job.returncode for job in jobs):
-            raise OSError("\n".join(errors)[:2000])
-        made = Path(folder) / target.name
-        subprocess.run(
-            ["g++", "-shared", *objects, *openmp, "-o", str(made)], check=True, capture_output=True, text=True
-        )
-        made.replace(target)
-
-
-def _load() -> ctypes.CDLL:
-    """Compiles if needed, and loads. OSError with the reason where it cannot be."""
-    if os.environ.get("TENBIT_NATIVE", "1") == "0":
-        raise OSError("TENBIT_NATIVE=0")
-    flags = _cpu_flags()
-    if platform.machine() != "x86_64" or not flags >= NEEDED:
-        raise OSError("the CPU has no AVX-512")
-    here = Path(__file__).parent
-    sources = [here / name for name in ("kernels.cpp", *(("amx.cpp", "step.cpp") if flags >= AMX else ()))]
-    openmp = _openmp()
-    parts = [source.read_bytes() for source in [here / "simd.h", *sources]]
-    parts += [" ".join([*FLAGS, *openmp, *sorted(flags)]).encode()]
-    target = _cache() / f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
-    if not target.exists():
-        if shutil.which("g++") is None:
-            raise OSError("there is no g++ to compile the kernels with")
-        log.info("compiling the sampling kernels into %s, once", target.parent)
-        _compile(sources, openmp, target)
-    return ctypes.CDLL(str(target))
-
-
-@functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    try:
-        lib = _load()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return None, str(getattr(error, "stderr", None) or error)
-    p, n, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    signatures = {
-        "tb_large_pages": [p, n],
-        "tb_add_norm": [i, p, p, p, p, n, n, f],
-        "tb_silu_mul": [i, p, p, n, n],
-        "tb_rotate": [i, p, n, n, n, n, p, p, f, p, p, p],
-        "tb_attend": [i, p, p, p, p, p, n, n, n, n, n],
-        "tb_draw": [i, p, p, f, n, n, p, p],
-        "tb_pack": [i, p, n, n, p],
-        "tb_linear": [i, p, n, n, p, p, n, p],
-        "tb_step": [p, p, p, n, p, p, p, p, n, n, p, p],
-    }
-    for name, arguments in signatures.items():
-        if hasattr(lib, name):
-            getattr(lib, name).argtypes = arguments
-            getattr(lib, name).restype = ctypes.c_int if name == "tb_attend" else None
-    return lib, ""
-
-
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None."""
-    return _library()[0]
-
-
-def available() -> bool:
-    return library() is not None
-
-
-def why_not() -> str:
-    """Why there are no kernels here; empty if there are."""
-    return _library()[1]
-
-
-@functools.cache
-def _has_amx() -> bool:
-    lib = library()
-    return lib is not None and hasattr(lib, "tb_amx") and bool(lib.tb_amx())
 
 
 def fits(shape: Shape, hidden: int, intermediate: int) -> bool:
@@ -215,7 +92,7 @@ class NativeOps:
         for linear in linears:
             weight = linear.weight
             out, k = weight.shape
-            if not _has_amx() or Format.of(weight.dtype) == Format.FP32 or k % 32:
+            if not has_amx() or Format.of(weight.dtype) == Format.FP32 or k % 32:
                 continue
             per_weight = 2 if Format.of(weight.dtype) == Format.FP16 else 1
             size = -(-out // 32) * 32 * k * per_weight
@@ -246,9 +123,7 @@ class NativeOps:
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
-        self._lib.tb_add_norm(
-            _code(x), x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), len(x), x.shape[1], eps
-        )
+        self._lib.tb_add_norm(_code(x), x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), len(x), x.shape[1], eps)
         return out
 
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -280,9 +155,7 @@ class NativeOps:
             position.data_ptr(),
         )
 
-    def attend(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, shape: Shape, position: Tensor, longest: int
-    ) -> Tensor:
+    def attend(self, qkv: Tensor, keys: Tensor, values: Tensor, shape: Shape, position: Tensor, longest: int) -> Tensor:
         out = qkv.new_empty(len(qkv), shape.heads * shape.head_dim)
         failed = self._lib.tb_attend(
             _code(qkv),
@@ -305,6 +178,37 @@ class NativeOps:
         linears = [weights.head, *(linear for layer in weights.layers for linear in layer.linears)]
         if any(linear.weight.data_ptr() not in self._packed for linear in linears):
             return None
+        model = self._describe(weights, shape)
+        hidden, first = weights.embedding.shape[1], weights.layers[0]
+        per_row = 2 * hidden + len(first.qkv.weight) + first.out.weight.shape[1] + 3 * first.down.weight.shape[1]
+
+        def step(
+            tokens: Tensor, position: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+        ) -> Tensor | None:
+            n = len(tokens)
+            if n < FEW_ROWS:
+                return None
+            tokens = tokens.contiguous()
+            scratch = keys.new_empty(n, per_row)
+            logits = keys.new_empty(n, len(weights.head.weight))
+            tables = (cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr())
+            self._lib.tb_step(
+                ctypes.addressof(model),
+                tokens.data_ptr(),
+                position.data_ptr(),
+                n,
+                *tables,
+                keys.shape[1],
+                keys.shape[3],
+                scratch.data_ptr(),
+                logits.data_ptr(),
+            )
+            return logits
+
+        return step
+
+    def _describe(self, weights: Weights, shape: Shape) -> _ModelStruct:
+        """The model as step.cpp has it. It holds addresses only; the tensors live in `weights` and `_packed`."""
 
         def linear(of: Linear) -> _LinearStruct:
             packed = self._packed[of.weight.data_ptr()]
@@ -316,7 +220,7 @@ class NativeOps:
                 setattr(struct, name, linear(getattr(layer, name)))
             for name in ("norm1", "q_norm", "k_norm", "norm2"):
                 setattr(struct, name, _pointer(getattr(layer, name)))
-        model = _ModelStruct(
+        return _ModelStruct(
             len(layers),
             shape.heads,
             shape.kv_heads,
@@ -328,33 +232,6 @@ class NativeOps:
             shape.eps,
             _code(weights.embedding),
         )
-        hidden, first = weights.embedding.shape[1], weights.layers[0]
-        per_row = 2 * hidden + len(first.qkv.weight) + first.out.weight.shape[1] + 3 * first.down.weight.shape[1]
-
-        def step(tokens: Tensor, position: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
-            n = len(tokens)
-            if n < FEW_ROWS:
-                return None
-            tokens = tokens.contiguous()
-            scratch = keys.new_empty(n, per_row)
-            logits = keys.new_empty(n, len(weights.head.weight))
-            self._lib.tb_step(
-                ctypes.addressof(model),
-                tokens.data_ptr(),
-                position.data_ptr(),
-                n,
-                cos.data_ptr(),
-                sin.data_ptr(),
-                keys.data_ptr(),
-                values.data_ptr(),
-                keys.shape[1],
-                keys.shape[3],
-                scratch.data_ptr(),
-                logits.data_ptr(),
-            )
-            return logits
-
-        return step
 
     def draw(self, logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """As `sampling.draw`, which also does what the kernel does not: truncation and temperature 0."""

@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from tenbit.engines import continuous, native
+from tenbit.engines import compiled, continuous, native
 from tenbit.engines import sampling as sampler
 from tenbit.engines.generic import GenericRunner
-from tenbit.engines.llama import LlamaRunner, PlainOps, shape_of, unsupported
+from tenbit.engines.llama import LlamaRunner, unsupported
+from tenbit.engines.ops import PlainOps, shape_of
 from tenbit.precision import Precision
 from tenbit.types import Completion, Prompt, Sampling
 
@@ -104,7 +105,7 @@ class TorchEngine:
             return "not on a CPU"
         if not native.fits(shape_of(config), config.hidden_size, config.intermediate_size):
             return "sizes that the kernels do not handle"
-        return native.why_not()
+        return compiled.why_not()
 
     # --- weights
 

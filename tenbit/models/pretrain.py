@@ -1,9 +1,9 @@
 r"""Makes the built-in model: a 1.7M-parameter Qwen2 that does arithmetic in steps, from a fixed seed.
 
-    python -m tenbit.models.pretrain --out DIR                  train from scratch, save, measure; resumes if stopped
+    python -m tenbit.models.pretrain --out DIR                  train from scratch and save; resumes if stopped
     python -m tenbit.models.pretrain --out DIR --minutes 10     stop after ten minutes; the same command goes on
-    python -m tenbit.models.pretrain measure --out DIR          accuracy of an existing checkpoint
-    python -m tenbit.models.pretrain perfectible --out DIR      write the perfectible set it defines
+
+`python -m tenbit.studies.builtin` measures the result and writes the perfectible set that it defines.
 
 The model learns by next-token prediction on solutions of `tenbit.tasks.arithmetic`, short problems first. The
 solutions of the last stage are **imperfect on purpose**: each operation's result is off by one in one digit with
@@ -20,32 +20,27 @@ text can be encoded, and comes back in Unicode's composed form (NFC), in which n
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from tenbit.precision import Precision
 from tenbit.tasks import arithmetic
-from tenbit.types import Problem
 
 BUILTIN = Path(__file__).parent / "builtin"
 SEED = 26788
 MISTAKE = 0.10
 PEAK_LR = 3e-3
-WARMUP, ANNEAL = 100, 1250
-"""The learning rate rises up to the first step, falls slowly, and from the second on straight to nearly nothing."""
+WARMUP = 100
 POOL = 10
 """Problems are drawn for so many steps at a time and sorted by length, so that little is padding."""
 
@@ -103,7 +98,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
+def build_config(tokenizer: Any) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=264,  # 260 tokens, rounded up to a multiple of 8 for tensor cores
         hidden_size=192,
@@ -120,9 +115,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
     )
 
 
-def make_batch(
-    tokenizer: Qwen2Tokenizer, chains: Sequence[arithmetic.Chain], mistake: float, seed: str
-) -> tuple[Tensor, Tensor]:
+def make_batch(tokenizer: Any, chains: Sequence[arithmetic.Chain], mistake: float, seed: str) -> tuple[Tensor, Tensor]:
     """tokens [B, L] padded on the right, labels [B, L] with -100 on prompt and padding; `seed` draws the slips."""
     rng = random.Random(seed)
     pairs = []
@@ -167,12 +160,10 @@ def loss_on(body: Any, head: Any, tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def schedule(step: int) -> float:
-    """The learning rate as a part of the peak: warm-up, the first part of a slow cosine, a straight line down."""
+    """The learning rate as a part of the peak: a short warm-up, then a straight line down to a hundredth."""
     if step < WARMUP:
         return (step + 1) / WARMUP
-    slow = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (min(step, ANNEAL) - WARMUP) / (3000 - WARMUP)))
-    left = (STEPS - step) / (STEPS - ANNEAL) if step > ANNEAL else 1.0
-    return slow * max(left, 0.01)
+    return max(0.01, (STEPS - step) / (STEPS - WARMUP))
 
 
 def train(out: Path, minutes: float, device: str, compile: bool) -> bool:
@@ -180,7 +171,8 @@ def train(out: Path, minutes: float, device: str, compile: bool) -> bool:
     precision = Precision.parse({"preset": "bf16", "casting": "autocast"})
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer()
-    model: Any = Qwen2ForCausalLM(build_config(tokenizer)).to(device)
+    model: Any = Qwen2ForCausalLM(build_config(tokenizer))
+    model.to(device)
     model.set_attn_implementation("eager")  # on short rows faster than the fused kernel's backward on a CPU
     optimizers = build_optimizers(model)
     out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +216,7 @@ def train(out: Path, minutes: float, device: str, compile: bool) -> bool:
 
 
 def build_optimizers(model: Any) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, which learn in about half the steps with it; AdamW for the rest."""
+    """Muon for the matrices inside the layers, AdamW for the rest."""
     inside = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = set(map(id, inside))
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -256,10 +248,10 @@ def _load_state(path: Path, model: Any, optimizers: Sequence[torch.optim.Optimiz
     return state["step"]
 
 
-def export(model: Any, tokenizer: Qwen2Tokenizer, out: Path) -> None:
+def export(model: Any, tokenizer: Any, out: Path) -> None:
     """Saves weights in the format of the FP16 plan, with configuration and tokenizer, as a Hugging Face folder."""
     half = Precision.parse("fp16").export.dtype
-    copy = Qwen2ForCausalLM(model.config)
+    copy: Any = Qwen2ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(half)
     copy.config.dtype = half
@@ -275,77 +267,15 @@ def export(model: Any, tokenizer: Qwen2Tokenizer, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-@torch.no_grad()
-def respond(model: Any, tokenizer: Any, problems: Sequence[Problem], greedy: bool, rows: int = 512) -> list[str]:
-    """One response per problem by Hugging Face's `generate`, in the order of `problems`."""
-    texts = [""] * len(problems)
-    # Problems with as many operations together: a batch runs until its longest response ends.
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
-    for at in range(0, len(order), rows):
-        part = order[at : at + rows]
-        prompts = [arithmetic.TEMPLATE.format(problem=problems[i].prompt) for i in part]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-        choice = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        drawn = model.generate(**inputs, max_new_tokens=max(arithmetic.LENGTHS) + 20, **choice)
-        answers = tokenizer.batch_decode(drawn[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(part, answers, strict=True):
-            texts[i] = text
-    return texts
-
-
-def measure(folder: Path, device: str, samples: int = 4) -> dict[str, float]:
-    """Accuracy of a checkpoint on the shipped sets: greedy, and the mean of `samples` at temperature 1."""
-    model, tokenizer = _open(folder, device)
-    result = {}
-    for name in arithmetic.SIZES:
-        problems = arithmetic.load(name)
-        for greedy, times in ((True, 1), (False, samples)):
-            asked = [p for p in problems for _ in range(times)]
-            texts = respond(model, tokenizer, asked, greedy)
-            right = sum(arithmetic.is_correct(p, t) for p, t in zip(asked, texts, strict=True))
-            result[f"{name} {'greedy' if greedy else 'sampled'}"] = right / len(asked)
-            print(f"{name:16} {'greedy' if greedy else 'T=1':7} {right / len(asked):.1%}", flush=True)
-    return result
-
-
-def perfectible(folder: Path, device: str, samples: int) -> None:
-    """Writes the shipped problems whose accuracy over `samples` responses is in [20%, 80%] (section 4)."""
-    model, tokenizer = _open(folder, device)
-    problems = arithmetic.load("arithmetic")
-    asked = [p for p in problems for _ in range(samples)]
-    texts = respond(model, tokenizer, asked, greedy=False)
-    right = Counter(p.id for p, text in zip(asked, texts, strict=True) if arithmetic.is_correct(p, text))
-    kept = [(p, right[p.id] / samples) for p in problems if 0.2 <= right[p.id] / samples <= 0.8]
-    path = arithmetic.DATA / "arithmetic_perfectible.jsonl"
-    rows = ({"problem": p.prompt, "answer": p.answer, "initial_accuracy": round(a, 4)} for p, a in kept)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    accuracies = [right[p.id] / samples for p in problems]
-    print(f"{path}: {len(kept)} of {len(problems)} problems kept, accuracy {fmean(a for _, a in kept):.1%}")
-    print(f"all: accuracy {fmean(accuracies):.1%}, lowest {min(accuracies):.0%}, highest {max(accuracies):.0%}")
-
-
-def _open(folder: Path, device: str) -> tuple[Any, Any]:
-    """The checkpoint in FP32: the measurement is of the model, not of a 16-bit format's kernels."""
-    torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=Precision.parse("fp32").rollout.dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tenbit.models.pretrain", description="Makes the built-in model.")
-    parser.add_argument("command", nargs="?", choices=("make", "measure", "perfectible"), default="make")
     parser.add_argument("--out", type=Path, default=BUILTIN, help="the checkpoint folder")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop then; the same command goes on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile, faster; needs a C++ compiler")
-    parser.add_argument("--samples", type=int, default=16, help="responses per problem for 'perfectible'")
     args = parser.parse_args()
-    if args.command == "make" and not train(args.out, args.minutes, args.device, args.compile):
-        return print(f"stopped after {args.minutes:g} minutes; the same command goes on from here")
-    if args.command == "perfectible":
-        perfectible(args.out, args.device, args.samples)
-    else:
-        measure(args.out, args.device)
+    if not train(args.out, args.minutes, args.device, args.compile):
+        print(f"stopped after {args.minutes:g} minutes; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Studies: measurements made with the parts of a run."""
