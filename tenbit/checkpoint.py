@@ -35,19 +35,21 @@ def save(folder: Path, backend: Backend, progress: Progress, keep: int) -> Path:
     folder.mkdir(exist_ok=True)
     final = folder / f"step-{progress.step:06d}"
     draft = folder / f".{final.name}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)  # left by a run that was killed while writing
+    for left in folder.glob(".step-*.tmp"):  # by a run that was killed while it wrote or removed one
+        shutil.rmtree(left)
     draft.mkdir()
     backend.save(draft)
     (draft / "state.json").write_text(json.dumps(asdict(progress)))
     replace_folder(draft, final)
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))
     return final
 
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+    found = [p for p in folder.glob("step-*") if (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def latest(folder: Path) -> Path | None:

@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +54,9 @@ def train(
             Text(f"Stopped after step {stop.step}. To go on:"), Text(shlex.join(again), style="bold"), sep="\n  "
         )
         raise typer.Exit(STOPPED) from None
+    except KeyboardInterrupt:
+        print("tenbit: stopped at once; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
     write_report(folder)
     show_summary(folder, console)
 
@@ -73,17 +75,16 @@ def report(
 @app.command()
 def recipes(folder: Annotated[Path, typer.Argument(help="where to look")] = Path("recipes")) -> None:
     """List the recipes in a folder."""
+    from tenbit.recipe import Recipe
+
     files = sorted(folder.glob("*.toml"))
     if not files:
         raise ValueError(f"{folder}: no recipes (*.toml) here. Name the folder that holds them: tenbit recipes FOLDER")
     rows = []
     for file in files:
-        text = file.read_text()
-        first = next((line for line in text.splitlines() if line.startswith("#")), "#")
-        tree = tomllib.loads(text)
-        precision = tree.get("precision", "fp16")
-        shown = precision if isinstance(precision, str) else precision.get("preset", "table")
-        rows.append((str(file), shown, tree.get("algorithm", {}).get("name", "pg-is"), first.lstrip("# ")))
+        first = next((line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")), "#")
+        recipe = Recipe.load(file)
+        rows.append((str(file), recipe.precision.name, recipe.algorithm.name, first.lstrip("# ")))
     _print_table(("recipe", "precision", "algorithm", "what it does"), rows)
 
 
@@ -153,6 +154,8 @@ def main() -> None:
             raise
         print(f"tenbit: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        print("tenbit: stopped at once; the last checkpoint is what a resumed run goes on from", file=sys.stderr)
-        sys.exit(STOPPED)
+    except OSError as error:  # a full disk, a folder that may not be written
+        if os.environ.get("TENBIT_TRACEBACK"):
+            raise
+        print(f"tenbit: {error}. A run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(1)

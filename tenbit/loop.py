@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +67,7 @@ def train(
             step = run.progress.step + 1
             clock = Clock()
             metrics = train_step(run, step, clock)
-            if step == 1:  # now there are moments and gradients, too
+            if step == 1:  # now there are moments, too
                 recipe.precision.verify([*run.backend.live(), *run.engine.live()])
             if run.eval_sets and (step % recipe.eval.every == 0 or step == recipe.steps):
                 send_weights(run, clock)
@@ -86,6 +88,7 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
     """One policy iteration: sample under theta', then `optim.updates` gradient steps."""
     recipe, algorithm = run.recipe, run.recipe.algorithm.build()
     send_weights(run, clock)
+    failed_before = Counter(run.policy.grader.failures)
     run.log.phase("sampling")
     collected = collect(run.policy, run.stream, recipe, step, clock)
     run.log.samples(step, [r for group in collected.sampled for r in group], recipe.log_samples)
@@ -104,13 +107,15 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
                 accumulated, here = accumulate(run, batch, algorithm, total, at_theta_old)
                 stats.append(accumulated)
                 seen += here
+            if i == 0:
+                recipe.precision.verify(run.backend.live())  # the gradients; they are gone after the step
             steps.append(run.backend.step())
     sampled_tokens = sum(r.completion.length for group in collected.sampled for r in group)
     return {
         **collected.metrics,
         **{f"mismatch/{k}": v for k, v in seen.metrics(run.recipe.algorithm.cap or 3.0).items()},
         **summarise(merge(stats), steps),
-        **{f"grade/{kind}": count for kind, count in run.policy.grader.failures.items()},
+        **{f"grade/{kind}": n for kind, n in (run.policy.grader.failures - failed_before).items()},
         "perf/tokens_per_second": sampled_tokens / clock.total,
     }
 
@@ -217,6 +222,7 @@ def stop_requested() -> Iterator[threading.Event]:
         if stopping.is_set():
             raise KeyboardInterrupt
         stopping.set()
+        os.write(2, b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n")
 
     signal.signal(signal.SIGINT, handle)
     try:

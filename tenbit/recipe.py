@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -143,11 +143,14 @@ class AlgorithmSpec(_Section):
         return replace(algorithm, objective=objective, **parts)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSpec(_Section):
     """AdamW on the FP32 masters, and how a step's rollouts are cut into gradient steps and micro-batches."""
 
     lr: float = Field(1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0, description="gradient steps from 0 to lr")
@@ -170,7 +173,10 @@ class EvalSpec(_Section):
     """Evaluation during training, on the engine: avg@k and pass@k."""
 
     every: int = Field(0, ge=0, description="steps between evaluations; 0: never")
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] = Field((), description="sets, as in task.data")
+    problem_key: str | None = Field(None, description="None: as in task; shipped sets have their own")
+    answer_key: str | None = None
+    split: str | None = Field(None, description="of Hugging Face datasets; None: as in task")
     limit: int | None = Field(None, ge=1)
     samples: int = Field(1, ge=1, description="k")
     temperature: float = Field(0.6, ge=0)
@@ -196,7 +202,7 @@ class CompareSpec(_Section):
 class Recipe(_Section):
     """Everything that determines a run."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="names the run folder")
+    name: str = Field("run", pattern=r"^\w[\w.-]*$", description="names the run folder")
     seed: int = Field(0, ge=0)
     steps: int = Field(ge=1, description="policy iterations: sample, grade, update")
     log_samples: int = Field(4, ge=0, description="responses written to samples.jsonl at every step")
@@ -262,11 +268,9 @@ class Recipe(_Section):
         """Reads a TOML file and applies ``key=value`` overrides (``optim.lr=2e-5``). Raises ValueError."""
         file = Path(path)
         if not file.is_file():
-            raise ValueError(
-                f"{file}: there is no such recipe. `tenbit recipes` lists those that come with the package"
-            )
+            raise ValueError(f"{file}: there is no such recipe. `tenbit recipes FOLDER` lists those in a folder")
         try:
-            tree = tomllib.loads(file.read_text())
+            tree = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not valid TOML: {error}") from None
         for item in overrides:
@@ -287,7 +291,9 @@ class Recipe(_Section):
 
     def dump(self, path: Path) -> None:
         """Writes the recipe as resolved: reading it again gives an equal recipe."""
-        path.write_text(tomli_w.dumps(self.tree()))
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text(tomli_w.dumps(self.tree()), encoding="utf-8")
+        draft.replace(path)  # a killed run must leave a whole recipe, or none
 
 
 def _given(**values: Any) -> dict[str, Any]:

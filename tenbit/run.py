@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,10 @@ from tenbit.models import loading
 from tenbit.recipe import Recipe
 from tenbit.rollout import Asked, Policy, ProblemStream
 from tenbit.runlog import RunLog, default_console, write_atomic
-from tenbit.tasks.datasets import load_problems
+from tenbit.tasks.datasets import load_problems, shipped
 from tenbit.tasks.grading import open_grader
 from tenbit.tasks.templates import encode_prompt
+from tenbit.types import Problem
 
 log = logging.getLogger(__name__)
 MAY_CHANGE = ("name", "steps", "log_samples", "checkpoint")  # on --resume, without making it another run
@@ -57,21 +59,27 @@ class Run:
 def choose_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     """`out`, or runs/NAME (runs/NAME-2, ...): a new folder, or the one to go on with. Nothing is made yet."""
     if out is None:
-        taken = [p for p in [Path("runs", recipe.name)] if p.exists()]
-        while (next_one := Path("runs", f"{recipe.name}-{len(taken) + 1}")).exists():
-            taken.append(next_one)
-        if resume and taken:
-            return taken[-1]
-        return next_one if taken else Path("runs", recipe.name)
+        first = Path("runs", recipe.name)
+        others = (Path("runs", f"{recipe.name}-{n}") for n in itertools.count(2))
+        taken = list(itertools.takewhile(Path.exists, itertools.chain([first], others)))
+        free = Path("runs", f"{recipe.name}-{len(taken) + 1}") if taken else first
+        out = taken[-1] if resume and taken else free
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: this is a file. Name a folder")
-    if out.is_dir() and any(out.iterdir()) and not resume:
+    if not holds_something(out):
+        return out
+    if not resume:
         raise ValueError(
             f"--out {out}: the folder is not empty. Add --resume to go on with its run, or name another one"
         )
-    if resume and out.is_dir() and any(out.iterdir()) and not (out / "recipe.toml").is_file():
+    if not (out / "recipe.toml").is_file():
         raise ValueError(f"--out {out}: holds no run to resume (recipe.toml is missing). Name the run's folder")
     return out
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether there is more than the lock of a start that came no further."""
+    return folder.is_dir() and any(not p.name.startswith((".lock", "recipe.toml.tmp")) for p in folder.iterdir())
 
 
 def check_same(recipe: Recipe, folder: Path) -> None:
@@ -91,21 +99,21 @@ def check_same(recipe: Recipe, folder: Path) -> None:
 def ask(source: str, recipe: Recipe, model: loading.Model, longest: int, limit: int | None) -> list[Asked]:
     """Loads problems and tokenises their prompts, once. Raises ValueError for one that does not fit the context."""
     task = recipe.task
-    problems = load_problems(
-        source, problem_key=task.problem_key, answer_key=task.answer_key, split=task.split, limit=limit
-    )
-    asked = [Asked(p, encode_prompt(task.template, p.prompt, model.tokenizer)) for p in problems]
+    keys = {} if source in shipped() else {"problem_key": task.problem_key, "answer_key": task.answer_key}
+    problems = load_problems(source, **keys, split=task.split, limit=limit)
+    asked = [Asked(p, _encode(p, task.template, model)) for p in problems]
     room = model.context - longest
+    budget = "rollout.max_tokens (eval.max_tokens for an evaluation set)"
     fitting = [a for a in asked if len(a.ids) <= room]
     if len(fitting) < len(asked) and not task.drop_long_prompts:
         worst = max(asked, key=lambda a: len(a.ids))
         raise ValueError(
-            f"{worst.problem.id}: the prompt has {len(worst.ids)} tokens and rollout.max_tokens is {longest}; together "
-            f"they exceed the model's context of {model.context}. Lower rollout.max_tokens, or set "
-            "task.drop_long_prompts = true to leave such problems out"
+            f"{worst.problem.id}: the prompt has {len(worst.ids)} tokens and the response up to {longest}; together "
+            f"they exceed the model's context of {model.context}. Lower {budget}, or set task.drop_long_prompts = true "
+            "to leave such problems out"
         )
     if not fitting:
-        raise ValueError(f"task.data = {source!r}: no prompt fits the model's context. Lower rollout.max_tokens")
+        raise ValueError(f"{source}: no prompt fits the model's context of {model.context}. Lower {budget}")
     if len(fitting) < len(asked):
         log.warning(
             "%s: %d of %d prompts do not fit the context and are left out",
@@ -116,13 +124,42 @@ def ask(source: str, recipe: Recipe, model: loading.Model, longest: int, limit: 
     return fitting
 
 
+def _encode(problem: Problem, template: str, model: loading.Model) -> tuple[int, ...]:
+    try:
+        problem.prompt.encode()  # half a surrogate pair: JSON can write it and no tokenizer can read it
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{problem.id}: the problem is not Unicode text: {error.reason}. Correct the row") from None
+    return encode_prompt(template, problem.prompt, model.tokenizer)
+
+
+def ask_evals(recipe: Recipe, model: loading.Model) -> dict[str, list[Asked]]:
+    """The evaluation sets by the name that metrics have, or none if there is never an evaluation."""
+    spec = recipe.eval
+    own = {"problem_key": spec.problem_key, "answer_key": spec.answer_key, "split": spec.split}
+    task = recipe.task.model_copy(update={k: v for k, v in own.items() if v is not None})
+    recipe = recipe.model_copy(update={"task": task})
+    sets: dict[str, list[Asked]] = {}
+    for source in spec.data if spec.every else ():
+        name = set_name(source)
+        if name in sets:
+            raise ValueError(f"eval.data: two sets would both be eval/{name} in the metrics. Rename one, or remove it")
+        sets[name] = ask(source, recipe, model, spec.max_tokens or recipe.rollout.max_tokens, spec.limit)
+    return sets
+
+
+def set_name(source: str) -> str:
+    """``folder/amc.jsonl`` -> ``amc``; ``owner/name:config`` -> ``name:config``."""
+    name = source.rstrip("/").rpartition("/")[2]
+    return name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet")
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder against a second process. Raises ValueError if one has it."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"{folder}: another process is running here. Wait for it, or name another --out") from None
         yield
 
@@ -136,9 +173,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
     console = console or default_console()
     model = loading.load(recipe.model, recipe.rollout.stop_tokens)
     train = ask(recipe.task.data, recipe, model, recipe.rollout.max_tokens, recipe.task.limit)
-    eval_tokens = recipe.eval.max_tokens or recipe.rollout.max_tokens
-    sources = recipe.eval.data if recipe.eval.every else ()
-    evals = {Path(s).stem: ask(s, recipe, model, eval_tokens, recipe.eval.limit) for s in sources}
+    evals = ask_evals(recipe, model)
     with contextlib.ExitStack() as stack:
         task = recipe.task
         grader = stack.enter_context(
@@ -147,13 +182,17 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
             )
         )
         engine = stack.enter_context(make_engine(recipe, model, recipe.precision))
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         stack.enter_context(locked(folder))
         found = checkpoint.latest(folder / "checkpoints") if resume else None
         start = checkpoint.load_progress(found) if found else Progress()
+        if start.step > recipe.steps:
+            raise ValueError(
+                f"{folder}: {start.step} steps are done already, more than steps = {recipe.steps}. Raise it"
+            )
+        recipe.dump(folder / "recipe.toml")  # first of all: it makes a folder one that can be resumed
         runlog = RunLog(folder, total_steps=recipe.steps, resume_step=start.step if resume else None, console=console)
         stack.enter_context(runlog)
-        recipe.dump(folder / "recipe.toml")
         (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
         write_comparison(recipe, model, train, folder, runlog)
         backend = SingleBackend(
@@ -165,6 +204,14 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         policy = Policy(engine, model.tokenizer, grader, sampling)
         stream = ProblemStream(train, recipe.seed, start.position)
         yield Run(recipe, folder, model, policy, backend, stream, evals, runlog, start)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be written ({error.strerror}). Name another folder") from None
 
 
 def write_comparison(

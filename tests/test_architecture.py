@@ -21,7 +21,7 @@ def relative(path: Path) -> str:
 
 
 FLOORS: list[set[str]] = [
-    {"types", "world"},
+    {"types", "world", "native"},
     {"precision", "algorithms", "advantages", "mismatch", "batching"},
     {"recipe", "models", "tasks"},
     {"engines", "backends"},

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenbit.backends import LossFunction, StepStats
+from tenbit.models.fused import fuse
 from tenbit.models.loading import Model
 from tenbit.models.logprobs import Head, batch_logprobs
 from tenbit.precision import Precision
@@ -49,6 +50,7 @@ class SingleBackend:
         self._sums: dict[str, Tensor] = {}
         if precision.has_copy:
             self._cast_whole()
+        fuse(self._module)  # after the cast, for kernels work in one format
         self._optimizer = torch.optim.AdamW(
             list(self._masters.values()),
             lr=optim.lr,

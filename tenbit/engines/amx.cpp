@@ -1,8 +1,8 @@
 // Matrix products on AMX tiles: y = x w^T + bias in FP16 or BF16, sums in FP32.
 //
-// The tiles multiply BF16 only. But an FP16 number x (11 significant bits) is exactly the sum of two BF16 numbers (8 bits
-// each), hi = bf16(x) and lo = x - hi, so x w = hi hi' + hi lo' + lo hi' + lo lo', four exact products added in FP32:
-// an FP16 product with FP32 accumulation, several times faster than the vector units do it.
+// The tiles multiply BF16 only. But an FP16 number x (11 significant bits) is exactly the sum of two BF16 numbers (8
+// bits each), hi = its first 8 bits and lo = x - hi, so x w = hi hi' + hi lo' + lo hi' + lo lo', four exact products
+// added in FP32: an FP16 product with FP32 accumulation, faster than the vector units do it.
 #include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,7 +16,8 @@ using namespace tenbit;
 namespace {
 
 // Weights [out, k] are packed by 32 outputs and 32 inputs: two tiles of 16 outputs, each 16 pairs of inputs by 16
-// outputs; for FP16 the two tiles of hi, then the two of lo. Outputs beyond the last are zero.
+// outputs. Outputs beyond the last are zero. Blocks of FP16 are split when they are used, so that no more than the
+// weights themselves is read from memory.
 constexpr int64_t kTile = 512;  // numbers in a tile
 
 struct alignas(64) TileConfig {
@@ -28,45 +29,50 @@ struct alignas(64) TileConfig {
     }
 };
 
-// The two BF16 numbers whose sum is x.
-inline void split(__m512 x, __m256i& hi, __m256i& lo) {
-    hi = bf16_bits(x);
-    lo = bf16_bits(_mm512_sub_ps(x, bf16_floats(hi)));
+// 32 FP16 numbers as two BF16 numbers each: hi has their first 8 significant bits, lo the other 3.
+inline void split(const uint16_t* x, uint16_t* hi, uint16_t* lo) {
+    const __m512 a = Store<kF16>::load(x), b = Store<kF16>::load(x + 16);
+    const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32((int)0xffff0000));
+    const __m512 high_a = _mm512_and_ps(a, upper), high_b = _mm512_and_ps(b, upper);
+    // BF16 is the upper half of FP32: the odd 16-bit words.
+    alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i odd = _mm512_load_si512(kOdd);
+    const auto words = [&](__m512 low, __m512 high) {
+        return _mm512_permutex2var_epi16(_mm512_castps_si512(low), odd, _mm512_castps_si512(high));
+    };
+    _mm512_store_si512(hi, words(high_a, high_b));
+    _mm512_store_si512(lo, words(_mm512_sub_ps(a, high_a), _mm512_sub_ps(b, high_b)));
 }
 
-template <bool SPLIT> void pack(const uint16_t* weight, int64_t out, int64_t k, uint16_t* packed) {
-    const int64_t blocks = (out + 31) / 32, width = 2 * kTile * (SPLIT ? 2 : 1);
+inline void pack(const uint16_t* weight, int64_t out, int64_t k, uint16_t* packed) {
 #pragma omp parallel for schedule(static)
-    for (int64_t b = 0; b < blocks; ++b) {
-        for (int64_t kb = 0; kb < k / 32; ++kb) {
-            uint16_t* tile = packed + (b * (k / 32) + kb) * width;
+    for (int64_t b = 0; b < (out + 31) / 32; ++b)
+        for (int64_t i = 0; i < k; i += 32)
             for (int64_t c = 0; c < 32; ++c) {
-                alignas(64) uint16_t hi[32] = {}, lo[32] = {};
-                if (b * 32 + c < out) {
-                    const uint16_t* row = weight + (b * 32 + c) * k + kb * 32;
-                    if (SPLIT) {
-                        for (int i = 0; i < 32; i += 16) {
-                            __m256i h, l;
-                            split(Store<kF16>::load(row + i), h, l);
-                            _mm256_store_si256((__m256i*)(hi + i), h);
-                            _mm256_store_si256((__m256i*)(lo + i), l);
-                        }
-                    } else {
-                        std::memcpy(hi, row, 64);
-                    }
-                }
-                uint16_t* at = tile + (c / 16) * kTile + (c % 16) * 2;
-                for (int i = 0; i < 32; ++i) {
-                    at[(i / 2) * 32 + i % 2] = hi[i];
-                    if (SPLIT) at[2 * kTile + (i / 2) * 32 + i % 2] = lo[i];
-                }
+                uint16_t* tile = packed + b * 32 * k + i * 32 + c / 16 * kTile + c % 16 * 2;
+                const uint16_t* row = weight + (b * 32 + c) * k + i;
+                for (int64_t j = 0; j < 32; ++j) tile[j / 2 * 32 + j % 2] = b * 32 + c < out ? row[j] : 0;
             }
-        }
-    }
+}
+
+// One block of packed FP16 weights, k by 32, as tiles of hi and lo.
+inline void split_block(const uint16_t* packed, int64_t k, uint16_t* out) {
+    for (int64_t i = 0; i < k; i += 32, packed += 2 * kTile, out += 4 * kTile)
+        for (int64_t j = 0; j < 2 * kTile; j += 32) split(packed + j, out + j, out + 2 * kTile + j);
+}
+
+// Memory of this thread for as many numbers, aligned to a line.
+template <int WHAT> uint16_t* scratch(int64_t numbers) {
+    thread_local std::vector<uint16_t> memory;
+    if ((int64_t)memory.size() < numbers + 32) memory.resize(numbers + 32);
+    return (uint16_t*)(((uintptr_t)memory.data() + 63) / 64 * 64);
 }
 
 // 32 rows (or 16) by 32 outputs, summed over k into acc [32, 32]. `upper` are 16 rows as tiles, the next 16 follow.
-template <bool SPLIT, bool TALL> void tiles(const uint16_t* upper, int64_t k, const uint16_t* packed, float* acc) {
+// Meanwhile fetches `ahead` lines per step from `next`: weights come from far away, and the products do not wait.
+template <bool SPLIT, bool TALL>
+void tiles(const uint16_t* upper, int64_t k, const uint16_t* packed, float* acc, const uint16_t* next, int64_t ahead) {
     constexpr int64_t kWide = SPLIT ? 2 : 1;
     const uint16_t* lower = upper + 16 * k * kWide;
     _tile_zero(0);
@@ -84,6 +90,7 @@ template <bool SPLIT, bool TALL> void tiles(const uint16_t* upper, int64_t k, co
         }
     };
     for (int64_t i = 0; i < k; i += 32, packed += 2 * kTile * kWide, upper += kTile * kWide, lower += kTile * kWide) {
+        for (int64_t line = 0; line < ahead; ++line, next += 32) _mm_prefetch(next, _MM_HINT_T1);
         const auto rows = [&](int64_t offset) {
             _tile_loadd(4, upper + offset, 64);
             if (TALL) _tile_loadd(5, lower + offset, 64);
@@ -124,12 +131,7 @@ template <bool SPLIT> void pack_rows(const uint16_t* x, int64_t n, int64_t padde
                 std::memset(tile, 0, 64);
                 if (SPLIT) std::memset(tile + kTile, 0, 64);
             } else if (SPLIT) {
-                for (int64_t j = 0; j < 32; j += 16) {
-                    __m256i hi, lo;
-                    split(Store<kF16>::load(x + r * k + i + j), hi, lo);
-                    _mm256_store_si256((__m256i*)(tile + j), hi);
-                    _mm256_store_si256((__m256i*)(tile + kTile + j), lo);
-                }
+                split(x + r * k + i, tile, tile + kTile);
             } else {
                 std::memcpy(tile, x + r * k + i, 64);
             }
@@ -142,9 +144,7 @@ template <int T> void linear(const uint16_t* x, int64_t n, int64_t k, const uint
     constexpr bool kSplit = T == kF16;
     constexpr int64_t kWide = kSplit ? 2 : 1;
     const int64_t padded = (n + 15) / 16 * 16, blocks = (out + 31) / 32;
-    thread_local std::vector<uint16_t> memory;
-    memory.resize(padded * k * kWide + 64);
-    uint16_t* const rows = (uint16_t*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+    uint16_t* const rows = scratch<0>(padded * k * kWide);
     int64_t chunk = 128;
     while (chunk > 32 && blocks * ((n + chunk - 1) / chunk) < 2 * omp_get_max_threads()) chunk /= 2;
     const int64_t chunks = (n + chunk - 1) / chunk;
@@ -157,17 +157,25 @@ template <int T> void linear(const uint16_t* x, int64_t n, int64_t k, const uint
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < blocks * chunks; ++task) {
             const int64_t b = task / chunks, from = (task % chunks) * chunk, to = std::min(n, from + chunk);
-            const uint16_t* weight = packed + b * k * 32 * kWide;
+            const uint16_t *weight = packed + b * k * 32, *next = weight + k * 32;
+            if (kSplit) {
+                uint16_t* const halves = scratch<1>(k * 32 * kWide);
+                split_block(weight, k, halves);
+                weight = halves;
+            }
             const __mmask16 left = lanes(out - b * 32), right = lanes(out - b * 32 - 16);
             __m512 add[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
             if (bias) add[0] = S::load(bias + b * 32, left), add[1] = S::load(bias + b * 32 + 16, right);
-            for (int64_t r = from; r < to; r += 32) {
-                if (to - r > 16) tiles<kSplit, true>(rows + r * k * kWide, k, weight, acc);
-                else tiles<kSplit, false>(rows + r * k * kWide, k, weight, acc);
+            // The next block's weights, a part with each 32 rows.
+            const int64_t parts = (to - from + 31) / 32, ahead = (32 + parts - 1) / parts;
+            for (int64_t r = from; r < to; r += 32, next += ahead * k) {
+                if (to - r > 16) tiles<kSplit, true>(rows + r * k * kWide, k, weight, acc, next, ahead);
+                else tiles<kSplit, false>(rows + r * k * kWide, k, weight, acc, next, ahead);
                 for (int64_t row = r; row < std::min(to, r + 32); ++row) {
                     const float* a = acc + (row - r) * 32;
                     S::store(y + row * out + b * 32, left, _mm512_add_ps(_mm512_load_ps(a), add[0]));
-                    if (right) S::store(y + row * out + b * 32 + 16, right, _mm512_add_ps(_mm512_load_ps(a + 16), add[1]));
+                    if (!right) continue;
+                    S::store(y + row * out + b * 32 + 16, right, _mm512_add_ps(_mm512_load_ps(a + 16), add[1]));
                 }
             }
         }
@@ -185,15 +193,8 @@ int tb_amx() {
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
-// Numbers of 16 bits that a packed weight takes.
-int64_t tb_packed_size(int dtype, int64_t out, int64_t k) {
-    return (out + 31) / 32 * (k / 32) * 2 * kTile * (dtype == kF16 ? 2 : 1);
-}
-
-void tb_pack(int dtype, const uint16_t* weight, int64_t out, int64_t k, uint16_t* packed) {
-    if (dtype == kF16) pack<true>(weight, out, k, packed);
-    else pack<false>(weight, out, k, packed);
-}
+// FP16 and BF16 alike; `packed` has room for ceil(out / 32) * 32 * k numbers.
+void tb_pack(const uint16_t* weight, int64_t out, int64_t k, uint16_t* packed) { pack(weight, out, k, packed); }
 
 void tb_linear(int dtype, const uint16_t* x, int64_t n, int64_t k, const uint16_t* packed, const uint16_t* bias,
                int64_t out, uint16_t* y) {

@@ -103,7 +103,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         "tb_rotate": [i, p, n, n, n, n, p, p, f, p, p, p],
         "tb_attend": [i, p, p, p, p, p, n, n, n, n, n],
         "tb_draw": [i, p, p, f, n, n, p, p],
-        "tb_pack": [i, p, n, n, p],
+        "tb_pack": [p, n, n, p],
         "tb_linear": [i, p, n, n, p, p, n, p],
         "tb_step": [p, p, p, n, p, p, p, p, n, n, p, p],
     }

@@ -221,7 +221,8 @@ template <int T> void draw(const void* logits_, const float* uniform, float temp
             const E* x = (const E*)logits_ + r * v;
             // 16 logits from i; beyond the end -inf.
             const auto at = [&](int64_t i) {
-                return i + 16 <= v ? S::load(x + i) : _mm512_mask_mov_ps(floor, lanes(v - i), S::load(x + i, lanes(v - i)));
+                if (i + 16 <= v) return S::load(x + i);
+                return _mm512_mask_mov_ps(floor, lanes(v - i), S::load(x + i, lanes(v - i)));
             };
             __m512 high = floor;
             __mmask16 finite = 0xffff;

@@ -67,11 +67,10 @@ class _ModelStruct(ctypes.Structure):
 
 
 class NativeOps:
-    """`llama.Ops` by the kernels, on the CPU.
+    """`ops.Ops` by the kernels, on the CPU.
 
-    Products go to AMX tiles where there are some and the weight is 16-bit: the weights are packed once a load, FP16
-    ones as pairs of BF16 numbers. With few rows the time goes to reading weights, and the packed ones of FP16 are
-    twice as large, so those stay with torch.
+    Products of 16-bit weights go to AMX tiles where there are some; for that the weights are kept a second time, in
+    the tiles' order, packed anew by each load. Products of few rows, of FP32, and without AMX stay with torch.
     """
 
     reads_ahead = False
@@ -94,12 +93,11 @@ class NativeOps:
             out, k = weight.shape
             if not has_amx() or Format.of(weight.dtype) == Format.FP32 or k % 32:
                 continue
-            per_weight = 2 if Format.of(weight.dtype) == Format.FP16 else 1
-            size = -(-out // 32) * 32 * k * per_weight
+            size = -(-out // 32) * 32 * k
             packed = old.get(weight.data_ptr())
             if packed is None or packed.numel() != size:
                 packed = torch.empty(size, dtype=torch.int16)
-            self._lib.tb_pack(_code(weight), weight.data_ptr(), out, k, packed.data_ptr())
+            self._lib.tb_pack(weight.data_ptr(), out, k, packed.data_ptr())
             self._packed[weight.data_ptr()] = packed
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:

@@ -102,6 +102,8 @@ inline __m512 sums16(const __m512* quarter) {
 }
 
 // The first `count` lanes, all where it is 16 or more.
-inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << std::max<int64_t>(count, 0)) - 1); }
+inline __mmask16 lanes(int64_t count) {
+    return count >= 16 ? 0xffff : (__mmask16)((1u << std::max<int64_t>(count, 0)) - 1);
+}
 
 }  // namespace tenbit

@@ -3,8 +3,7 @@
 //
 // The tiles multiply BF16 only. But an FP16 number x (11 significant bits) is exactly the sum of two BF16 numbers (8 bits
 // each), hi = bf16(x) and lo = x - hi, so a b = hi hi' + lo hi' + hi lo' + lo lo', products that are exact and added in
-// FP32. The last one is below 2^-18 |a b|, the size of what FP32 sums of this length lose; it is left out where the
-// caller does not ask for it (gradients).
+// FP32. The last one is at most 2^-18 |a b|, a 128th of the rounding of an FP16 number, and is left out.
 //
 // Every element of c is summed over k in the same order, however the work is divided among threads.
 #include <omp.h>
@@ -20,10 +19,10 @@ using namespace tenbit;
 
 namespace {
 
-constexpr int64_t kTile = 512;     // numbers in a tile: 16 rows of 32
-constexpr int64_t kDepth = 128;    // of k, between two visits to the sums of a block
-constexpr int64_t kBlock = 4;      // a block of c is up to kBlock x kBlock squares of 32 x 32
-constexpr int64_t kPacked = 1 << 25;  // numbers of a packed at a time
+constexpr int64_t kTile = 512;  // numbers in a tile: 16 rows of 32
+constexpr int64_t kPanels = 4;  // panels of 32 rows of a that a thread works on at a time
+constexpr int64_t kPacked = 32;  // steps of 32 along k for which it packs them: 512 KB, half of a level 2 cache or less
+constexpr int64_t kDepth = 16;   // steps between two visits to the sums: 32 KB of b stay in the level 1 cache
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -129,13 +128,6 @@ template <bool SPLIT> void pack(const Operand& x, int64_t r, int64_t k, uint16_t
     }
 }
 
-// The i-th of `panels` x steps pieces of 32 x 32 beginning with panel `from`, in the order in which they lie in memory.
-template <bool SPLIT> void pack_at(const Operand& x, int64_t from, int64_t panels, int64_t i, uint16_t* out, bool of_a) {
-    const int64_t steps = (x.k + 31) / 32;
-    const int64_t panel = x.inner == 1 ? i / steps : i % panels, s = x.inner == 1 ? i % steps : i / panels;
-    pack<SPLIT>(x, (from + panel) * 32, s * 32, out + (panel * steps + s) * kTile * (SPLIT ? 4 : 2), of_a);
-}
-
 inline void products() {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -144,7 +136,7 @@ inline void products() {
 }
 
 // One square of 32 x 32, over `steps` of 32 of k, onto the sums so far.
-template <bool SPLIT, bool EXACT> void square(const uint16_t* a, const uint16_t* b, int64_t steps, float* sums, bool first) {
+template <bool SPLIT> void square(const uint16_t* a, const uint16_t* b, int64_t steps, float* sums, bool first) {
     constexpr int64_t step = kTile * (SPLIT ? 4 : 2);
     if (first) {
         _tile_zero(0);
@@ -159,14 +151,9 @@ template <bool SPLIT, bool EXACT> void square(const uint16_t* a, const uint16_t*
     }
     for (int64_t i = 0; i < steps; ++i, a += step, b += step) {
         if (SPLIT) {
-            // (lo, hi'), (hi, hi'), (hi, lo'), and (lo, lo') if asked for.
+            // (lo, hi'), (hi, hi'), (hi, lo'): each step loads one side only.
             _tile_loadd(4, a + 2 * kTile, 64);
             _tile_loadd(5, a + 3 * kTile, 64);
-        }
-        if (SPLIT && EXACT) {
-            _tile_loadd(6, b + 2 * kTile, 64);
-            _tile_loadd(7, b + 3 * kTile, 64);
-            products();
         }
         _tile_loadd(6, b, 64);
         _tile_loadd(7, b + kTile, 64);
@@ -186,55 +173,74 @@ template <bool SPLIT, bool EXACT> void square(const uint16_t* a, const uint16_t*
         _tile_stored(3, sums + 528, 128);
 }
 
-template <int T, bool EXACT>
-void product(const Operand& a, const Operand& b, const uint16_t* bias, uint16_t* c) {
+template <int T> void store(const float* sums, const uint16_t* bias, uint16_t* c, int64_t rows, int64_t columns, int64_t width) {
     using S = Store<T>;
+    for (int half = 0; half < 32; half += 16) {
+        const __mmask16 m = lanes(columns - half);
+        if (!m) continue;
+        const __m512 add = bias ? S::load(bias + half, m) : _mm512_setzero_ps();
+        for (int64_t r = 0; r < std::min<int64_t>(32, rows); ++r)
+            S::store(c + r * width + half, m, _mm512_add_ps(_mm512_load_ps(sums + r * 32 + half), add));
+    }
+}
+
+// Panels [i0, i1) of a by [j0, j1) of the packed b.
+template <int T>
+void block(const Operand& a, const uint16_t* pb, const uint16_t* bias, uint16_t* c, int64_t width, int64_t i0,
+           int64_t i1, int64_t j0, int64_t j1) {
     constexpr bool kSplit = T == kF16;
     constexpr int64_t step = kTile * (kSplit ? 4 : 2);
-    static thread_local Buffer a_buffer, b_buffer;
-    const int64_t steps = (a.k + 31) / 32, panel = steps * step, a_panels = (a.rows + 31) / 32, b_panels = (b.rows + 31) / 32;
-    const int64_t at_once = std::min(a_panels, std::max<int64_t>(2 * kBlock, kPacked / panel));
-    uint16_t *const pa = a_buffer.of(at_once * panel), *const pb = b_buffer.of(b_panels * panel);
-    int64_t size = kBlock;
-    while (size > 1 && ((at_once + size - 1) / size) * ((b_panels + size - 1) / size) < 2 * omp_get_max_threads()) size /= 2;
+    static thread_local Buffer a_buffer, sum_buffer;
+    const int64_t steps = (a.k + 31) / 32, rows = i1 - i0;
+    uint16_t* const pa = a_buffer.of(kPanels * kPacked * step);
+    float* const sums = (float*)sum_buffer.of(rows * (j1 - j0) * 2048);
+    for (int64_t from = 0; from < steps; from += kPacked) {
+        const int64_t to = std::min(steps, from + kPacked);
+        const bool by_row = a.inner == 1;  // in the order in which it lies in memory
+        for (int64_t x = 0; x < (by_row ? rows : to - from); ++x)
+            for (int64_t y = 0; y < (by_row ? to - from : rows); ++y) {
+                const int64_t i = by_row ? x : y, s = by_row ? y : x;
+                pack<kSplit>(a, (i0 + i) * 32, (from + s) * 32, pa + (i * kPacked + s) * step, true);
+            }
+        for (int64_t j = j0; j < j1; ++j)
+            for (int64_t s = from; s < to; s += kDepth)
+                for (int64_t i = 0; i < rows; ++i)
+                    square<kSplit>(pa + (i * kPacked + s - from) * step, pb + (j * steps + s) * step,
+                                          std::min(kDepth, to - s), sums + ((j - j0) * rows + i) * 1024, s == 0);
+    }
+    for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = 0; i < rows; ++i)
+            store<T>(sums + ((j - j0) * rows + i) * 1024, bias ? bias + j * 32 : nullptr,
+                     c + (i0 + i) * 32 * width + j * 32, a.rows - (i0 + i) * 32, width - j * 32, width);
+}
+
+template <int T>
+void product(const Operand& a, const Operand& b, const uint16_t* bias, uint16_t* c) {
+    constexpr bool kSplit = T == kF16;
+    constexpr int64_t step = kTile * (kSplit ? 4 : 2);
+    static thread_local Buffer b_buffer;
+    const int64_t steps = (a.k + 31) / 32, down = (a.rows + 31) / 32, across = (b.rows + 31) / 32;
+    const int64_t threads = omp_get_max_threads(), wanted = threads > 1 ? 3 * threads : 1;
+    int64_t height = kPanels;
+    while (height > 1 && (down + height - 1) / height < wanted) height /= 2;
+    const int64_t tall = (down + height - 1) / height;
+    const int64_t wide = std::min(across, (wanted + tall - 1) / tall), width = (across + wide - 1) / wide;
+    uint16_t* const pb = b_buffer.of(across * steps * step);
 #pragma omp parallel
     {
         const TileConfig config;
         _tile_loadconfig(&config);
-        alignas(64) static thread_local float sums[kBlock * kBlock * 1024];
+        const bool by_row = b.inner == 1;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < b_panels * steps; ++i)
-            pack_at<kSplit>(b, 0, b_panels, i, pb, false);
-        for (int64_t from = 0; from < a_panels; from += at_once) {
-            const int64_t here = std::min(at_once, a_panels - from);
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < here * steps; ++i)
-                pack_at<kSplit>(a, from, here, i, pa, true);
-            const int64_t across = (b_panels + size - 1) / size, tasks = (here + size - 1) / size * across;
+        for (int64_t x = 0; x < across * steps; ++x) {
+            const int64_t j = by_row ? x / steps : x % across, s = by_row ? x % steps : x / across;
+            pack<kSplit>(b, j * 32, s * 32, pb + (j * steps + s) * step, false);
+        }
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < tasks; ++task) {
-                const int64_t i0 = task / across * size, i1 = std::min(here, i0 + size);
-                const int64_t j0 = task % across * size, j1 = std::min(b_panels, j0 + size);
-                for (int64_t s = 0; s < steps; s += kDepth / 32)
-                    for (int64_t i = i0; i < i1; ++i)
-                        for (int64_t j = j0; j < j1; ++j)
-                            square<kSplit, EXACT>(pa + i * panel + s * step, pb + j * panel + s * step,
-                                                  std::min(kDepth / 32, steps - s),
-                                                  sums + ((i - i0) * kBlock + j - j0) * 1024, s == 0);
-                for (int64_t i = i0; i < i1; ++i)
-                    for (int64_t j = j0; j < j1; ++j) {
-                        const float* sum = sums + ((i - i0) * kBlock + j - j0) * 1024;
-                        const int64_t row = (from + i) * 32, column = j * 32;
-                        for (int half = 0; half < 32; half += 16) {
-                            const __mmask16 m = lanes(b.rows - column - half);
-                            if (!m) continue;
-                            const __m512 add = bias ? S::load(bias + column + half, m) : _mm512_setzero_ps();
-                            for (int64_t r = 0; r < std::min<int64_t>(32, a.rows - row); ++r)
-                                S::store(c + (row + r) * b.rows + column + half, m,
-                                         _mm512_add_ps(_mm512_load_ps(sum + r * 32 + half), add));
-                        }
-                    }
-            }
+        for (int64_t task = 0; task < tall * wide; ++task) {
+            const int64_t i = task / wide * height, j = task % wide * width;
+            if (j < across)
+                block<T>(a, pb, bias, c, b.rows, i, std::min(down, i + height), j, std::min(across, j + width));
         }
         _tile_release();
     }
@@ -251,12 +257,11 @@ int tb_amx() {
 }
 
 // a [m, k], b [k, n], each with a stride of 1 in one direction; bias [n] or none; c [m, n] by rows.
-void tb_product(int dtype, int exact, const uint16_t* a, int64_t a_row, int64_t a_column, const uint16_t* b,
+void tb_product(int dtype, const uint16_t* a, int64_t a_row, int64_t a_column, const uint16_t* b,
                 int64_t b_row, int64_t b_column, const uint16_t* bias, uint16_t* c, int64_t m, int64_t n, int64_t k) {
     const Operand left{a, m, k, a_row, a_column}, right{b, n, k, b_column, b_row};
-    if (dtype == kBF16) product<kBF16, false>(left, right, bias, c);
-    else if (exact) product<kF16, true>(left, right, bias, c);
-    else product<kF16, false>(left, right, bias, c);
+    if (dtype == kBF16) product<kBF16>(left, right, bias, c);
+    else product<kF16>(left, right, bias, c);
 }
 
 }  // extern "C"

@@ -7,11 +7,13 @@ A folder is opened once: `Model` holds the module, the tokenizer, the stop token
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -52,10 +54,11 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     path = model_folder(spec.path)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path = {spec.path!r}: no tokenizer could be loaded: {_first_line(error)}") from None
+    except Exception as error:  # damaged files raise a dozen kinds, of which the text is what helps
+        raise ValueError(f"{_where(spec)}: no tokenizer could be loaded: {_first_line(error)}") from error
     if spec.pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(spec.pad_token) in (None, tokenizer.unk_token_id):
+        unknown = {None, tokenizer.unk_token_id} if spec.pad_token != tokenizer.unk_token else {None}
+        if tokenizer.convert_tokens_to_ids(spec.pad_token) in unknown:
             raise ValueError(f"model.pad_token = {spec.pad_token!r} is not in the tokenizer's vocabulary")
         tokenizer.pad_token = spec.pad_token
     if tokenizer.pad_token_id is None:
@@ -75,11 +78,19 @@ def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = ()) -> Model:
     tokenizer = load_tokenizer(spec)
     try:
         config = AutoConfig.from_pretrained(path)
-        module: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=Format.FP32.dtype, attn_implementation=spec.attention
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=Format.FP32.dtype,
+            attn_implementation=spec.attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model.path = {spec.path!r} could not be loaded: {_first_line(error)}") from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{_where(spec)} could not be loaded: {_first_line(error)}") from error
+    module, found = loaded
+    _refuse_gaps(found["missing_keys"], spec)
+    _refuse_strange_tokenizer(module, tokenizer, spec)
+    _make_savable(module, spec)
     module.to(device)
     if spec.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -100,11 +111,59 @@ def model_folder(path: str) -> str:
     return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
 
 
+def _where(spec: ModelSpec) -> str:
+    """The key; for a name that was looked for on the hub, also that there is no such folder."""
+    here = spec.path == "builtin" or Path(spec.path).expanduser().is_dir()
+    return f"model.path = {spec.path!r}" + ("" if here else " (there is no such folder here, so it is taken as a name)")
+
+
+def _refuse_gaps(missing: Iterable[str], spec: ModelSpec) -> None:
+    """The library fills weights that are not in the files with random numbers, and only says so in passing."""
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"model.path = {spec.path!r}: its files lack the weights {', '.join(names[:3])}{more}, which would be "
+            "random. Complete the download, or correct config.json"
+        )
+
+
+def _refuse_strange_tokenizer(module: PreTrainedModel, tokenizer: Any, spec: ModelSpec) -> None:
+    """Padding goes through the embedding like any token, so its id must be one of the model's."""
+    embedding: Any = module.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        hint = tokenizer.eos_token or "..."
+        raise ValueError(
+            f"model.path = {spec.path!r}: the pad token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, but "
+            f"the model has {rows} tokens. Name another one in the recipe, for example model.pad_token = {hint!r}"
+        )
+
+
+def _make_savable(module: PreTrainedModel, spec: ModelSpec) -> None:
+    """Drops sampling settings from a greedy generation config, as many published models have them.
+
+    The library ignores them when it generates and refuses to save them, which would be at the very end of a run.
+    """
+    config = module.generation_config
+    if config is None:
+        return
+    if not config.do_sample:
+        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, key, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(f"model.path = {spec.path!r}: correct its generation_config.json: {error}") from None
+
+
 def _refuse_dropout(module: PreTrainedModel, spec: ModelSpec) -> None:
     """The engine samples without dropout; a trainer with it would be another policy."""
     config = module.config.get_text_config()
     for key, value in vars(config).items():
-        if "dropout" in key and isinstance(value, float) and value > 0:
+        # GPT-2 writes resid_pdrop; a classifier's or a summary's dropout is not on the way to the next token
+        applies = "drop" in key and not key.startswith(("classifier", "summary"))
+        if applies and isinstance(value, float) and value > 0:
             raise ValueError(
                 f"model.path = {spec.path!r}: its config has {key} = {value}, but the sampler uses no dropout, so the "
                 f"two would be different policies. Set {key} to 0 in its config.json"

@@ -10,7 +10,7 @@ solutions of the last stage are **imperfect on purpose**: each operation's resul
 probability `MISTAKE`, and the solution carries on from it. Real pre-training text has mistakes too, and a model of
 it reproduces their rate when it is sampled at temperature 1, although it knows better: its most likely token is
 still the right one. That is the state reinforcement learning starts from. The competence is there (greedy accuracy
-98%), the policy is noisy (48% at temperature 1), and RL has the noise to remove. No problem of the shipped sets is
+98%), the policy is noisy (50% at temperature 1), and RL has the noise to remove. No problem of the shipped sets is
 in the training data.
 
 The tokenizer is byte-level without merges: 256 bytes, whose ids are their values, and four special tokens. Any

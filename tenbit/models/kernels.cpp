@@ -1,6 +1,6 @@
 // What lies between the matrix products of a Llama-like block, forward and backward, for CPUs with AVX-512: residual
-// add and RMSNorm, norms per head and rotary embedding, SiLU times gate, sums over rows. fused.py compiles this file
-// on first use and calls it by ctypes.
+// add and RMSNorm, norms per head and rotary embedding, SiLU times gate, sums over rows. kernels.py compiles this
+// file on first use and calls it by ctypes.
 //
 // Storage is FP32, FP16 or BF16; arithmetic is FP32. Forward, values are rounded to storage exactly where the library's
 // modules round them; backward, once, when a gradient is stored. Sums over rows (gradients of weights) are taken in
