@@ -4,7 +4,7 @@
     recipe.dump(folder / "recipe.toml")
 
 Unknown keys are refused with the nearest known one; every message names the file, the key and the remedy.
-A recipe holds no derived state: `recipe.algorithm.build()` and `recipe.rollout.sampling(...)` make the values that
+A recipe holds no derived state: `recipe.algorithm.build()` and `recipe.sampling(...)` make the values that
 the run works with.
 """
 

@@ -2,8 +2,8 @@
 
     stream = ProblemStream(asked, seed)               an endless, seeded order of problems
     policy = Policy(engine, tokenizer, grader, sampling)
-    step = collect(policy, stream, recipe, clock)     enough groups for one step, shaped and filtered
-    rows = advantages(step.groups, Advantage(...))
+    found = collect(policy, stream, recipe, step, clock)     enough groups for one step, shaped and filtered
+    rows(found.groups, ADVANTAGES["leave-one-out"])          the same groups, with advantages
 
 Every response has its own seed, made from the run's seed, the step and its place; so a step samples the same
 responses whether the run was interrupted before it or not, and whatever else is in the engine's batch.

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ FORMATS = list(Format)
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def module_of(family: str, form: Format = Format.FP32, **changes):
+def module_of(family: str, form: Format = Format.FP32, seed: int = 0, **changes):
     if family != "mistral":
-        return small_module(family, **changes).to(form.dtype).train()
-    set_seed(0)
-    config = MistralConfig(**{**SIZES, "sliding_window": 16, "initializer_range": 0.08, "head_dim": 16, **changes})
+        return small_module(family, seed, **changes).to(form.dtype).train()
+    set_seed(seed)
+    config = MistralConfig(**{**SIZES, "sliding_window": 32, "initializer_range": 0.08, "head_dim": 16, **changes})
     return MistralForCausalLM(config).to(form.dtype).train()
 
 
@@ -226,18 +227,21 @@ def errors(found: dict, reference: dict) -> list[float]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", [Format.FP16, Format.BF16])
 def test_a_model_is_no_less_exact_fused(family: str, form: Format):
-    plain = module_of(family, form)
-    fused = copy.deepcopy(plain)
-    inner = fused.base_model_prefix
-    assert fuse(fused) == [f"{inner}.layers.0", f"{inner}.layers.1", f"{inner}.norm"]
-    exact_hidden, exact = run(copy.deepcopy(plain).double())
-    hidden, gradients = run(plain)
-    fused_hidden, fused_gradients = run(fused)
-    plain_error = (hidden - exact_hidden).norm()
-    assert (fused_hidden - exact_hidden).norm() <= 1.1 * plain_error
-    ours, theirs = errors(fused_gradients, exact), errors(gradients, exact)
-    assert sum(ours) <= 1.05 * sum(theirs)
-    assert max(ours) <= 1.3 * max(theirs)
+    hidden_ratio, ratio, seeds = 0.0, 0.0, 4
+    for seed in range(seeds):
+        plain = module_of(family, form, seed=seed)
+        fused = copy.deepcopy(plain)
+        inner = fused.base_model_prefix
+        assert fuse(fused) == [f"{inner}.layers.0", f"{inner}.layers.1", f"{inner}.norm"]
+        exact_hidden, exact = run(copy.deepcopy(plain).double(), 24)
+        hidden, gradients = run(plain, 24)
+        fused_hidden, fused_gradients = run(fused, 24)
+        ours, theirs = errors(fused_gradients, exact), errors(gradients, exact)
+        ratio += sum(ours) / sum(theirs) / seeds
+        hidden_ratio += float((fused_hidden - exact_hidden).norm() / (hidden - exact_hidden).norm()) / seeds
+        assert max(ours) <= 1.3 * max(theirs)
+    assert hidden_ratio <= 1.03
+    assert ratio <= 1.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -305,17 +309,15 @@ def test_what_the_kernels_do_not_do_is_done_by_the_library(monkeypatch):
     with torch.autocast("cpu", dtype=Format.BF16.dtype):
         cast = module(input_ids=tokens, use_cache=False).logits
         torch.testing.assert_close(cast, plain(input_ids=tokens, use_cache=False).logits, rtol=0.02, atol=0.02)
-    assert len(module(input_ids=tokens, use_cache=False, output_attentions=True).attentions or ()) in (0, 2)
-    before = len(calls)
+    assert not calls
     seen = []
     handle = module.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
     module(input_ids=tokens, use_cache=False)
     handle.remove()
     assert seen == [1]
-    assert len(calls) == before + 1, "the other layer stays fused"
-    assert before == 0 or before <= 2
+    assert len(calls) == 1, "the other layer stays fused"
     module(input_ids=tokens, use_cache=False)
-    assert len(calls) == before + 3
+    assert len(calls) == 3
 
 
 def test_an_adapter_that_comes_later_is_used():
@@ -341,8 +343,13 @@ def test_other_architectures_are_left_alone():
     cohere = Cohere2ForCausalLM(Cohere2Config(**sizes))
     assert fuse(cohere) == []
     gelu = module_of("llama", hidden_act="gelu")
-    assert fuse(gelu) == ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm",
-                          "model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm", "model.norm"]
+    assert fuse(gelu) == [
+        "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.1.input_layernorm",
+        "model.layers.1.post_attention_layernorm",
+        "model.norm",
+    ]
     assert fuse(module_of("llama", attn_implementation="eager"))[-1] == "model.norm"
 
 
@@ -351,15 +358,16 @@ def test_without_kernels_nothing_changes():
         "from conftest import small_module; from tenbit.models.fused import fuse; m = small_module();"
         "assert fuse(m) == []; import torch; m(input_ids=torch.ones(1, 4, dtype=torch.long))"
     )
-    environment = {**os.environ, "TENBIT_NATIVE": "0", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "TENBIT_NATIVE": "0", "PYTHONPATH": str(Path(__file__).parent)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 def test_copies_and_exports_are_unaffected(tmp_path):
     module = module_of("qwen2", Format.FP16)
     names = list(module.state_dict())
-    assert len(fuse(module)) == 3
-    assert fuse(module) == [], "once is enough"
+    fused = fuse(module)
+    assert len(fused) == 3
+    assert fuse(module) == fused, "again changes nothing"
     assert list(module.state_dict()) == names
     twin = copy.deepcopy(module)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -231,12 +232,14 @@ class TorchEngine:
         order = sorted((i for i, (_, r) in enumerate(sequences) if len(r)), key=lambda i: sum(map(len, sequences[i])))
         with torch.inference_mode():
             for batch in _under_budget(order, [len(p) + len(r) for p, r in sequences]):
-                for row, place, logits in self._runner.response_logits([sequences[i] for i in batch]):
-                    pairs = list(zip(row.tolist(), place.tolist(), strict=True))
-                    tokens = torch.tensor([sequences[batch[r]][1][t] for r, t in pairs], device=self.device)
-                    logp = sampler.log_mu(logits, tokens, sampling).cpu()
-                    for value, (r, t) in zip(logp, pairs, strict=True):
-                        out[batch[r]][t] = value
+                chosen = [sequences[i] for i in batch]
+                targets = pad_sequence([torch.tensor(response) for _, response in chosen], batch_first=True)
+                logp = torch.empty(targets.shape)
+                for row, place, logits in self._runner.response_logits(chosen):
+                    tokens = targets[row, place].to(self.device)
+                    logp[row, place] = sampler.log_mu(logits, tokens, sampling).cpu()
+                for row, i in enumerate(batch):
+                    out[i] = logp[row, : len(sequences[i][1])].clone()
         for index, logp in enumerate(out):
             if bool(logp.isnan().any()):
                 raise RuntimeError(

@@ -51,8 +51,10 @@ class _Parts(NamedTuple):
 
 def _is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(
-        getattr(module, "variance_epsilon", None), float
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() == 1
+        and isinstance(getattr(module, "variance_epsilon", None), float)
     )
 
 
@@ -62,25 +64,29 @@ def _untouched(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
+def _get(module: Any, name: str) -> Any:
+    return getattr(module, name, None)
+
+
 def _parts(layer: Any) -> _Parts | None:
     """The layer's parts if they are those of a Llama layer. Asked at every call, for adapters may come later."""
-    attn, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    norm1, norm2 = getattr(layer, "input_layernorm", None), getattr(layer, "post_attention_layernorm", None)
-    q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-    linears = [getattr(attn, f"{name}_proj", None) for name in "qkvo"]
-    linears += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    attn, mlp = _get(layer, "self_attn"), _get(layer, "mlp")
+    norm1, norm2 = _get(layer, "input_layernorm"), _get(layer, "post_attention_layernorm")
+    q_norm, k_norm = _get(attn, "q_norm"), _get(attn, "k_norm")
+    linears = [_get(attn, f"{name}_proj") for name in "qkvo"]
+    linears += [_get(mlp, f"{name}_proj") for name in ("gate", "up", "down")]
     norms = [norm1, norm2, *([q_norm, k_norm] if q_norm is not None or k_norm is not None else [])]
     if not (all(type(x) is nn.Linear for x in linears) and all(_is_norm(x) for x in norms)):
         return None
     modules: list[Any] = [attn, mlp, *linears, *norms]
-    head_dim, scale = getattr(attn, "head_dim", None), getattr(attn, "scaling", None)
+    head_dim, scale = _get(attn, "head_dim"), _get(attn, "scaling")
     known = isinstance(head_dim, int) and head_dim % 2 == 0 and head_dim <= kernels.MAX_HEAD_DIM
     biases = [[x.bias is None for x in group] for group in (linears[:3], linears[4:6])]
     if not known or not isinstance(scale, float) or any(len(set(group)) > 1 for group in biases):
         return None
     if any(len(x.weight) != head_dim for x in norms[2:]) or not all(_untouched(x) for x in modules):
         return None
-    if getattr(attn, "attention_dropout", 0.0) or getattr(attn.config, "_attn_implementation", None) != "sdpa":
+    if _get(attn, "attention_dropout") or _get(_get(attn, "config"), "_attn_implementation") != "sdpa":
         return None
     q, k, v, o, gate, up, down = linears
     return _Parts(norm1, (q, k, v), q_norm, k_norm, o, norm2, (gate, up), down, head_dim, scale)
@@ -191,6 +197,9 @@ def fuse(module: nn.Module) -> list[str]:
     for name, part in module.named_modules():
         if any(name.startswith(f"{layer}.") for layer in fused):
             continue  # the ordinary way of a fused layer stays ordinary
+        if getattr(vars(part).get("forward"), "__func__", None) in (_layer_forward, _norm_forward):
+            fused.append(name)
+            continue
         forward = _layer_forward if _fits_layer(part) else _norm_forward if _fits_norm(part) else None
         if forward is not None:
             part.forward = types.MethodType(forward, part)

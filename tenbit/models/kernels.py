@@ -131,7 +131,7 @@ class _Linears(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *weights = ctx.saved_tensors
         g = grads[0].contiguous()
         need, count = ctx.needs_input_grad, len(weights)
@@ -181,7 +181,7 @@ class _AddNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None):
+    def backward(ctx: Any, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = ctx.saved_tensors
         carried, g = (None if grad is None else grad.contiguous() for grad in grads)
         if g is None:
@@ -214,7 +214,7 @@ class _SiluMul(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (gate_up,), g = ctx.saved_tensors, grads[0].contiguous()
         out = torch.empty_like(gate_up)
         _kernels().tb_silu_mul_grad(_code(g), g.data_ptr(), gate_up.data_ptr(), out.data_ptr(), *g.shape)
@@ -274,7 +274,9 @@ class _Attention(Function):
     """Causal attention from rows [q, k, v] to rows [n, queries * dim], with rotation and, if given, norms per head."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, of: Heads):
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, of: Heads
+    ):
         turned, inverse = rotate(qkv, cos, sin, q_norm, k_norm, of)
         q, k = of.parts(turned)
         q, k, v = of.by_head(q), of.by_head(k), of.by_head(of.parts(qkv)[2])
@@ -286,7 +288,7 @@ class _Attention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         qkv, turned, out, lse, inverse, cos, sin, q_norm, k_norm = ctx.saved_tensors
         of: Heads = ctx.of
         q, k = of.parts(turned)
