@@ -178,3 +178,7 @@ def merge(parts: Iterable[Mapping[str, Stat]]) -> Stats:
         for name, stat in part.items():
             out[name] = out[name] + stat if name in out else stat
     return out
+
+
+class Overflow(RuntimeError):
+    """A model's numbers left the range of the format it runs in. The message says where, and what to do."""
