@@ -15,8 +15,8 @@ from common import write
 
 from tenbit.compare import compare
 from tenbit.models import loading
+from tenbit.prompts import ask
 from tenbit.recipe import Recipe
-from tenbit.run import ask
 
 
 def main() -> None:
@@ -33,7 +33,8 @@ def main() -> None:
         }
     )
     model = loading.load(recipe.model)
-    rows = list(compare(recipe, model, ask(recipe.task.data, recipe, model, 320, None)))
+    asked = ask(recipe.task.data, recipe, model, 320, None)
+    rows = [compare(recipe, model, asked, name) for name in recipe.compare.precisions]
     for row in rows:
         print(
             f"{row['precision']}: KL k3 {row['kl_k3']:.3e}  seq log-ratio std {row['seq_logratio_std']:.3e}", end="  "

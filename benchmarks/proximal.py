@@ -54,9 +54,8 @@ def main() -> None:
             for algorithm, found in seconds.items():
                 found.append(training_seconds(folder, algorithm))
     ratios = [a / b for a, b in zip(seconds["pg-is"], seconds["grpo"], strict=True)]
-    print(
-        f"pg-is / grpo training time: {statistics.median(ratios):.3f} (rounds: {[round(r, 3) for r in ratios]}), bar 0.8"
-    )
+    rounds = [round(r, 3) for r in ratios]
+    print(f"pg-is / grpo training time: {statistics.median(ratios):.3f} (rounds: {rounds}), bar 0.8")
     print(write("proximal", {"seconds_per_step": seconds, "ratio": statistics.median(ratios), "bar": 0.8}))
 
 

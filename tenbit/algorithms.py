@@ -201,6 +201,12 @@ class Algorithm:
     def needs_old(self) -> bool:
         return self.objective.needs_old
 
+    @property
+    def cap(self) -> float:
+        """C of its correction; 3, as in section 4.1, where it has none: for what is measured, not what is done."""
+        correction = getattr(self.objective, "correction", None)
+        return Correction.cap if correction is None else correction.cap
+
     def __post_init__(self) -> None:
         assert self.advantage in ADVANTAGES, self.advantage
 

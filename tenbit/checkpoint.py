@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, so that a killed run finds only complete ones.
 
-A checkpoint is a folder ``checkpoints/step-000010``: the backend's state and ``state.json`` (step, place in the data
-order, weight version). It is written beside its final place, synced to disk, and renamed; a rename is atomic.
+A checkpoint is a folder ``checkpoints/step-000010``: the backend's state and ``state.json`` (step, place in the
+data order). It is written beside its final place, synced to disk, and renamed; a rename is atomic.
 The model a run ends with is exported in the format that was rolled out, so what is deployed is what was trained for.
 """
 
@@ -23,11 +23,10 @@ from tenbit.precision import Precision
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `step` steps are done, `position` problems taken, `version` weight updates sent."""
+    """How far a run is: `step` steps are done, `position` problems taken."""
 
     step: int = 0
     position: int = 0
-    version: int = 0
 
 
 def save(folder: Path, backend: Backend, progress: Progress, keep: int) -> Path:

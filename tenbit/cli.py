@@ -147,6 +147,8 @@ def main() -> None:
     """Entry point: user errors become one message and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from tenbit.types import Overflow
+
     try:
         app()
     except ValueError as error:
@@ -154,7 +156,7 @@ def main() -> None:
             raise
         print(f"tenbit: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except OSError as error:  # a full disk, a folder that may not be written
+    except (OSError, Overflow) as error:  # a full disk, a folder that may not be written, a run that diverged
         if os.environ.get("TENBIT_TRACEBACK"):
             raise
         print(f"tenbit: {error}. A run goes on from its last checkpoint with --resume", file=sys.stderr)

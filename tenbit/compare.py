@@ -7,7 +7,8 @@ The numbers are those of `mismatch.py`; the paper's finding is that FP16's are f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,12 @@ from tenbit.batching import Row, collate, micro_batches
 from tenbit.engines.torch import TorchEngine
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
+from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
-from tenbit.rollout import Asked, seed_of
-from tenbit.types import Problem, Prompt, Rollout
+from tenbit.rollout import seed_of
+from tenbit.types import Overflow, Problem, Prompt, Rollout
+
+LENGTHS = (1, *(2**i for i in range(5, 21)))  # buckets of response lengths: 1-31, 32-63, 64-127, ...
 
 
 def make_engine(recipe: Recipe, model: Model, precision: Precision) -> TorchEngine:
@@ -33,29 +37,35 @@ def make_engine(recipe: Recipe, model: Model, precision: Precision) -> TorchEngi
     )
 
 
-def compare(recipe: Recipe, model: Model, asked: Sequence[Asked]) -> Iterator[dict[str, Any]]:
-    """One row of mismatch metrics for each of `compare.precisions`. `model` holds FP32 weights and is not changed.
+def compare(recipe: Recipe, model: Model, asked: Sequence[Asked], name: str) -> dict[str, Any]:
+    """Mismatch metrics of one precision, also by response length. `model` holds FP32 weights and is not changed.
 
-    Raises RuntimeError from the engine if the model overflows in a format.
+    Raises Overflow if the model does not fit the format.
     """
-    chosen = asked[: recipe.compare.prompts]
+    precision = Precision.parse(name)
     prompts = [
         Prompt(a.ids, seed_of(recipe.seed, "compare", place, sample))
-        for place, a in enumerate(chosen)
+        for place, a in enumerate(asked[: recipe.compare.prompts])
         for sample in range(recipe.compare.samples)
     ]
-    for name in recipe.compare.precisions:
-        precision = Precision.parse(name)
-        own = replace(model, module=copy.deepcopy(model.module))
-        backend = SingleBackend(own, precision, recipe.optim, recipe.rollout.temperature, 1)
-        with make_engine(recipe, model, precision) as engine:
-            engine.load_weights(precision.to_engine(backend.weights()), version=0)
-            completions = engine.generate(prompts, recipe.sampling(model.stop_token_ids))
-        nothing = Problem("", "", "")
-        rows = [Row(Rollout(nothing, c, "", 0.0, False, 0), 0.0) for c in completions]
-        seen = mismatch.Mismatch()
-        for part in micro_batches([r.length for r in rows], recipe.optim.token_budget)[0]:
-            batch = collate([rows[i] for i in part], model.pad_token_id)
-            seen += mismatch.measure(backend.logprobs(batch).cpu(), batch.logp_rollout, batch.mask)
-        tokens = sum(c.length for c in completions)
-        yield {"precision": precision.name, **seen.metrics(), "tokens": tokens, "sequences": len(rows)}
+    own = replace(model, module=copy.deepcopy(model.module))
+    backend = SingleBackend(own, precision, recipe.optim, recipe.rollout.temperature, 1)
+    with make_engine(recipe, model, precision) as engine:
+        engine.load_weights(precision.to_engine(backend.weights()), version=0)
+        completions = engine.generate(prompts, recipe.sampling(model.stop_token_ids))
+    nothing = Problem("", "", "")
+    rows = [Row(Rollout(nothing, c, "", 0.0, False, 0), 0.0) for c in completions]
+    seen = mismatch.Mismatch()
+    for part in micro_batches([r.length for r in rows], recipe.optim.token_budget)[0]:
+        batch = collate([rows[i] for i in part], model.pad_token_id)
+        seen += mismatch.measure(backend.logprobs(batch).cpu(), batch.logp_rollout, batch.mask)
+    tokens = sum(c.length for c in completions)
+    if not math.isfinite(seen.tokens["k3"].total):
+        raise Overflow(f"the trainer's log-probabilities are not finite in {precision.compute.value}")
+    return {
+        "precision": precision.name,
+        **seen.metrics(recipe.algorithm.build().cap),
+        "by_length": seen.by_length(LENGTHS),
+        "tokens": tokens,
+        "sequences": len(rows),
+    }

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tenbit.clock import Clock
+from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
-from tenbit.rollout import Asked, Group, Policy
+from tenbit.rollout import Group, Policy
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -19,7 +19,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,8 +27,9 @@ from torch import Tensor
 from tenbit import algorithms, checkpoint, mismatch, world
 from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import Algorithm
-from tenbit.backends import StepStats
+from tenbit.backends import LossFunction, StepStats
 from tenbit.batching import Row, collate, micro_batches, split_evenly, totals
+from tenbit.checkpoint import Progress
 from tenbit.clock import Clock
 from tenbit.evaluate import evaluate
 from tenbit.mismatch import Mismatch
@@ -60,25 +60,19 @@ def train(
     with open_run(recipe, out, resume, console) as run, stop_requested() as stopping:
         verify_precision(run)
         if run.progress.step == 0 and run.eval_sets:
-            first = Clock()
-            send_weights(run, first)
-            run.log.log(0, evaluate(run.policy, run.eval_sets, recipe, first))
+            run.log.log(0, evaluate_now(run, Clock()))
         while run.progress.step < recipe.steps:
-            step = run.progress.step + 1
-            clock = Clock()
+            step, clock = run.progress.step + 1, Clock()
             metrics = train_step(run, step, clock)
-            if step == 1:  # now there are moments, too
-                recipe.precision.verify([*run.backend.live(), *run.engine.live()])
-            if run.eval_sets and (step % recipe.eval.every == 0 or step == recipe.steps):
-                send_weights(run, clock)
-                run.log.phase("evaluating")
-                metrics |= evaluate(run.policy, run.eval_sets, recipe, clock)
-            run.progress = replace(run.progress, step=step, position=run.stream.position)
+            run.progress = Progress(step, run.stream.position)
+            last = step == recipe.steps
+            if run.eval_sets and (last or step % recipe.eval.every == 0):
+                metrics |= evaluate_now(run, clock)
             run.log.log(step, metrics | times(clock))
             due = recipe.checkpoint.every and step % recipe.checkpoint.every == 0
-            if due or stopping.is_set() or step == recipe.steps:
+            if last or due or stopping.is_set():
                 checkpoint.save(run.folder / "checkpoints", run.backend, run.progress, recipe.checkpoint.keep)
-            if stopping.is_set() and step < recipe.steps:
+            if stopping.is_set() and not last:
                 raise Interrupted(run.folder, step)
         finish(run)
     return run.folder
@@ -94,26 +88,26 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
     run.log.samples(step, [r for group in collected.sampled for r in group], recipe.log_samples)
     updates = make_updates(rows(collected.groups, ADVANTAGES[algorithm.advantage]), run)
     run.log.phase("training")
-    seen = Mismatch()
+    measured: list[Mismatch] = []
     if algorithm.needs_old:
         with clock("proximal"):
-            updates, seen = score_old(run, updates)
+            updates = score_old(run, updates, measured)
     stats: list[Stats] = []
     steps: list[StepStats] = []
     with clock("update"):
         for i, (batches, total) in enumerate(updates):
-            for batch in batches:
-                at_theta_old = i == 0 and not algorithm.needs_old
-                accumulated, here = accumulate(run, batch, algorithm, total, at_theta_old)
-                stats.append(accumulated)
-                seen += here
-            if i == 0:
-                recipe.precision.verify(run.backend.live())  # the gradients; they are gone after the step
+            at_theta_old = i == 0 and not algorithm.needs_old
+            loss = loss_of(algorithm, total, measured if at_theta_old else None)
+            stats += [run.backend.accumulate(batch, loss) for batch in batches]
+            if step == 1 and i == 0:
+                recipe.precision.verify(run.backend.live())  # gradients; they are gone after the step
             steps.append(run.backend.step())
+    if step == 1:
+        recipe.precision.verify(run.backend.live())  # AdamW's moments; there were none before
     sampled_tokens = sum(r.completion.length for group in collected.sampled for r in group)
     return {
         **collected.metrics,
-        **{f"mismatch/{k}": v for k, v in seen.metrics(run.recipe.algorithm.cap or 3.0).items()},
+        **{f"mismatch/{k}": v for k, v in sum(measured, Mismatch()).metrics(algorithm.cap).items()},
         **summarise(merge(stats), steps),
         **{f"grade/{kind}": n for kind, n in (run.policy.grader.failures - failed_before).items()},
         "perf/tokens_per_second": sampled_tokens / clock.total,
@@ -132,32 +126,25 @@ def make_updates(groups: Sequence[list[Row]], run: Run) -> list[Update]:
     return updates
 
 
-def score_old(run: Run, updates: Sequence[Update]) -> tuple[list[Update], Mismatch]:
-    """Adds log pi(y | theta') to every batch before the first gradient step; theta = theta', so it is also measured."""
-    seen = Mismatch()
+def score_old(run: Run, updates: Sequence[Update], measured: list[Mismatch]) -> list[Update]:
+    """Adds log pi(y | theta') to every batch, before the first gradient step; so it is also what is measured."""
     scored = []
     for batches, total in updates:
-        with_old = [batch.with_old(run.backend.logprobs(batch).cpu()) for batch in batches]
-        for batch in with_old:
-            assert batch.logp_old is not None
-            seen += mismatch.measure(batch.logp_old, batch.logp_rollout, batch.mask)
-        scored.append((with_old, total))
-    return scored, seen
+        old = [run.backend.logprobs(batch).cpu() for batch in batches]
+        measured += [mismatch.measure(o, b.logp_rollout, b.mask) for o, b in zip(old, batches, strict=True)]
+        scored.append(([b.with_old(o) for o, b in zip(old, batches, strict=True)], total))
+    return scored
 
 
-def accumulate(
-    run: Run, batch: Batch, algorithm: Algorithm, total: Totals, at_theta_old: bool
-) -> tuple[Stats, Mismatch]:
-    """One micro-batch's gradient; where the weights are still those that sampled, its mismatch as well."""
-    seen = Mismatch()
+def loss_of(algorithm: Algorithm, total: Totals, measured: list[Mismatch] | None) -> LossFunction:
+    """The loss of one gradient step's micro-batches; with a list, each one's mismatch is added to it on the way."""
 
     def loss(logp: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
-        nonlocal seen
-        if at_theta_old:
-            seen = mismatch.measure(logp, batch.logp_rollout, batch.mask)
+        if measured is not None:
+            measured.append(mismatch.measure(logp, batch.logp_rollout, batch.mask))
         return algorithms.loss(algorithm, logp, batch, total)
 
-    return run.backend.accumulate(batch, loss), seen
+    return loss
 
 
 def summarise(stats: Stats, steps: Sequence[StepStats]) -> Metrics:
@@ -176,18 +163,21 @@ def summarise(stats: Stats, steps: Sequence[StepStats]) -> Metrics:
 
 
 def send_weights(run: Run, clock: Clock) -> None:
-    """The masters, cast once by the plan, into the engine, under the next version number."""
+    """The masters, cast once by the plan, into the engine; their version is the number of steps done."""
     with clock("sync"):
-        run.progress = replace(run.progress, version=run.progress.version + 1)
-        run.engine.load_weights(run.recipe.precision.to_engine(run.backend.weights()), run.progress.version)
+        run.engine.load_weights(run.recipe.precision.to_engine(run.backend.weights()), run.progress.step)
+
+
+def evaluate_now(run: Run, clock: Clock) -> Metrics:
+    """The evaluation sets under the current weights."""
+    run.log.phase("evaluating")
+    send_weights(run, clock)
+    return {**evaluate(run.policy, run.eval_sets, run.recipe, clock)}
 
 
 def verify_precision(run: Run) -> None:
-    """Holds the plan against the tensors of both sides, prints it and stores it."""
-    clock = Clock()
-    version = run.progress.version
-    send_weights(run, clock)
-    run.progress = replace(run.progress, version=version)
+    """Holds the plan against the weights of both sides, prints it and stores it."""
+    send_weights(run, Clock())
     seen = run.recipe.precision.verify([*run.backend.live(), *run.engine.live()])
     run.log.show_plan(run.recipe.precision, seen)
 

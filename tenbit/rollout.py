@@ -23,19 +23,12 @@ from tenbit.advantages import Advantage
 from tenbit.batching import Row
 from tenbit.clock import Clock
 from tenbit.engines import Engine
+from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
 from tenbit.tasks.grading import Grader
-from tenbit.types import Problem, Prompt, Rollout, Sampling
+from tenbit.types import Prompt, Rollout, Sampling
 
 Group = list[Rollout]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A problem with its prompt's token ids. It is tokenised once, here."""
-
-    problem: Problem
-    ids: tuple[int, ...]
 
 
 def seed_of(*parts: object) -> int:

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"precision", "algorithms", "advantages", "mismatch", "batching"},
     {"recipe", "models", "tasks"},
     {"engines", "backends"},
-    {"rollout", "loop", "checkpoint", "runlog", "evaluate", "compare", "clock", "console", "run"},
+    {"rollout", "loop", "checkpoint", "runlog", "evaluate", "compare", "clock", "console", "run", "folder", "prompts"},
     {"report", "studies"},
     {"cli", "__init__", "__main__"},
 ]

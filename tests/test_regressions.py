@@ -17,9 +17,10 @@ from test_cli import refused, tenbit
 from test_loop import QUIET, recipe, rows
 
 from tenbit import Recipe, train
+from tenbit.folder import choose_folder
 from tenbit.models import loading
 from tenbit.precision import Precision
-from tenbit.run import choose_folder, set_name
+from tenbit.prompts import set_name
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch
 
 from tenbit.advantages import ADVANTAGES
 from tenbit.evaluate import pass_at_k, scores
-from tenbit.rollout import Asked, ProblemStream, informative, overlong_penalty, rows, seed_of
+from tenbit.prompts import Asked
+from tenbit.rollout import ProblemStream, informative, overlong_penalty, rows, seed_of
 from tenbit.types import Completion, Problem, Rollout
 
 ASKED = [Asked(Problem(f"p{i}", "a", f"f:{i}"), (i,)) for i in range(7)]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tenbit.types import Prompt, Sampling
+from tenbit.types import Overflow, Prompt, Sampling
 
 # Prompts are prefilled this many tokens at a time, ahead of the rows that they are for.
 PREFILL_TOKENS = 4096
@@ -167,7 +167,7 @@ def run(
     uniforms: Callable[[int, int], Tensor],
     device: torch.device,
 ) -> list[tuple[list[int], Tensor]]:
-    """(response ids, log-probabilities) for each prompt. RuntimeError where logits are not finite."""
+    """(response ids, log-probabilities) for each prompt. Overflow where logits are not finite."""
     results: list[tuple[list[int], Tensor]] = [([], torch.empty(0))] * len(prompts)
     groups = _groups(prompts)
     width = min(max_batch, len(prompts))
@@ -182,10 +182,10 @@ def run(
                 continue
             request, ids, logp = rows.take(row)
             if code == 2:
-                raise RuntimeError(
+                raise Overflow(
                     f"request {request} (prompt of {len(prompts[request].ids)} tokens): the logits for its response "
                     f"token {len(ids)} are not finite. The weights or activations have most likely overflowed the "
-                    "rollout format; look at the training run's gradient norms, or roll out in a wider format."
+                    "rollout format: set precision to 'bf16' or 'fp32', or look at the training run's gradient norms."
                 )
             results[request] = (ids, logp)
             gone.add(row)

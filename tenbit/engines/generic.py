@@ -3,18 +3,24 @@
 Rows are padded on the left to one length, as the library's own generation has it, so that every row's newest token
 is in the last column. A finished row is dropped from the cache; when the longest row leaves, the columns that only
 padded are dropped too. New rows join with padding of their own. It is the path for what `llama.py` does not know.
+
+The library's forward runs up to the last hidden state only. From there on the trainer's own `Head` takes over, so
+that a softcap or a scale of the logits is applied in FP32 on both sides, not in 16 bits on one of them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from tenbit.models.logprobs import Head, response_hidden
 
 # Logits of a chunk of tokens held at a time when given tokens are scored, in numbers.
 LOGITS_AT_ONCE = 1 << 25
@@ -33,24 +39,6 @@ def _stateless(module: PreTrainedModel) -> None:
         )
 
 
-class _WideHead:
-    """Makes a module multiply by its output head in a wider dtype than it holds the weights in."""
-
-    def __init__(self, module: PreTrainedModel, dtype: torch.dtype) -> None:
-        head = module.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
-        self.head, self.dtype = head, dtype
-        # Only this instance: a tied embedding keeps its own forward.
-        head.forward = self.multiply  # pyright: ignore[reportAttributeAccessIssue]
-
-    def refresh(self) -> None:
-        self.weight = self.head.weight.to(self.dtype)
-        self.bias = None if self.head.bias is None else self.head.bias.to(self.dtype)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.dtype), self.weight, self.bias)
-
-
 class GenericRunner:
     """A `continuous.Runner` over a causal language model's own forward."""
 
@@ -58,18 +46,33 @@ class GenericRunner:
         self, module: PreTrainedModel, device: torch.device, pad_token_id: int, head_dtype: torch.dtype
     ) -> None:
         _stateless(module)
-        self.module = module
-        self._wide_head = _WideHead(module, head_dtype) if head_dtype != module.dtype else None
-        self.device = device
-        self.pad_token_id = pad_token_id
-        self._positions = "position_ids" in inspect.signature(module.forward).parameters
+        self.module, self.device, self.pad_token_id = module, device, pad_token_id
+        self._head_source = self._head = Head.of(module, head_dtype)
+        self._head_agrees = False
+        self._positions = "position_ids" in inspect.signature(module.base_model.forward).parameters
         self._layers: _KeysValues = []
         self._mask = torch.zeros(0, 0, dtype=torch.int64, device=device)
 
     def refresh(self) -> None:
-        """Rebuilds what is derived from the weights."""
-        if self._wide_head is not None:
-            self._wide_head.refresh()
+        """Rebuilds what is derived from the weights: the head, where it is multiplied in a wider format."""
+        source, dtype = self._head_source, self._head_source.dtype
+        bias = None if source.bias is None else source.bias.to(dtype)
+        self._head = replace(source, weight=source.weight.to(dtype), bias=bias)
+        if not self._head_agrees:
+            self._compare_head()
+            self._head_agrees = True
+
+    def _compare_head(self) -> None:
+        """Refuses a module that does more to its logits than `Head` knows of: both sides would train another model."""
+        ids = torch.full((1, 1), self.pad_token_id, device=self.device)
+        ours = self._head.logits(self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
+        theirs = self.module(input_ids=ids, use_cache=False).logits[:, -1].float()
+        tolerance = 16 * torch.finfo(self.module.dtype).eps * float(theirs.abs().max())
+        if bool(ours.isfinite().all()) and float((ours - theirs).abs().max()) > tolerance:
+            raise ValueError(
+                f"model_type {self.module.config.model_type!r} does something to its logits that tenbit does not "
+                "know (it knows final_logit_softcapping, logits_scaling and logit_scale). Use another architecture."
+            )
 
     def reserve(self, rows: int, length: int) -> None:
         self._layers = []
@@ -81,8 +84,9 @@ class GenericRunner:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self._positions:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        out = self.module(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], [(layer.keys, layer.values) for layer in cache.layers]  # pyright: ignore
+        out = self.module.base_model(**inputs, past_key_values=cache, use_cache=True)
+        logits = self._head.logits(out.last_hidden_state[:, -1])
+        return logits, [(layer.keys, layer.values) for layer in cache.layers]  # pyright: ignore
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Any, Tensor]]:
         longest = max(map(len, prompts))
@@ -134,25 +138,17 @@ class GenericRunner:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunks of (row ``[m]``, place in the response ``[m]``, logits ``[m, V]``) over (prompt, response) pairs.
 
-        Padding is on the right, where a causal model needs no mask. Each chunk continues from the cache of the one
-        before, so only its own logits are held.
+        Padded on the right and without a cache, as in training: the hidden states are made by the trainer's function.
         """
         prompt = torch.tensor([len(p) for p, _ in sequences])
-        total = torch.tensor([len(p) + len(r) for p, r in sequences])
-        ids = torch.full((len(sequences), int(total.max())), self.pad_token_id, dtype=torch.int64)
+        response = torch.tensor([len(r) for _, r in sequences])
+        ids = torch.full((len(sequences), int((prompt + response).max())), self.pad_token_id, dtype=torch.int64)
         for row, (p, r) in enumerate(sequences):
-            ids[row, : int(total[row])] = torch.tensor([*p, *r])
-        columns = max(1, LOGITS_AT_ONCE // (len(sequences) * self.module.config.get_text_config().vocab_size))
-        cache = DynamicCache()
-        for start in range(0, ids.shape[1] - 1, columns):
-            chunk = ids[:, start : start + columns]
-            # Column c predicts column c + 1, which is response token c + 1 - prompt of its row.
-            place = torch.arange(start, start + chunk.shape[1])[None] + 1 - prompt[:, None]
-            wanted = (place >= 0) & (place < (total - prompt)[:, None])
-            keep = 0 if bool(wanted.any()) else 1
-            out = self.module(
-                input_ids=chunk.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=keep
-            )
-            if keep == 0:
-                row, column = wanted.nonzero(as_tuple=True)
-                yield row, place[row, column], out.logits[row.to(self.device), column.to(self.device)]
+            ids[row, : len(p) + len(r)] = torch.tensor([*p, *r])
+        mask = torch.arange(int(response.max())) < response[:, None]
+        inputs = (x.to(self.device) for x in (ids, prompt, mask))
+        hidden = response_hidden(self.module, *inputs)
+        row, place = mask.nonzero(as_tuple=True)
+        size = max(1, LOGITS_AT_ONCE // len(self._head.weight))
+        for part in zip(row.split(size), place.split(size), hidden.split(size), strict=True):
+            yield part[0], part[1], self._head.logits(part[2])

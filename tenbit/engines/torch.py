@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
@@ -30,8 +30,8 @@ from tenbit.engines import sampling as sampler
 from tenbit.engines.generic import GenericRunner
 from tenbit.engines.llama import LlamaRunner, unsupported
 from tenbit.engines.ops import PlainOps, shape_of
-from tenbit.precision import Precision
-from tenbit.types import Completion, Prompt, Sampling
+from tenbit.precision import Format, Precision
+from tenbit.types import Completion, Overflow, Prompt, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -113,16 +113,16 @@ class TorchEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copies a full state dict in place. Names as in the module's own; of tied weights one name is enough.
 
-        ValueError names what is missing, unknown or of another shape; the engine then refuses to sample until a
-        load succeeds.
+        ValueError names what is missing, unknown or of another shape, Overflow what is not finite; the engine then
+        refuses to sample until a load succeeds.
         """
         self.version = None
-        buffers = dict(self._module.named_buffers())
+        known = {**dict(self._module.named_buffers()), **self._named}
         filled: dict[int, str] = {}
         unknown: list[str] = []
         with torch.inference_mode():
             for name, tensor in named_tensors:
-                own = self._named.get(name, buffers.get(name))
+                own = known.get(name)
                 if own is None:
                     unknown.append(name)
                     continue
@@ -136,12 +136,6 @@ class TorchEngine:
                     continue
                 own.copy_(tensor)
                 filled[id(own)] = name
-                if own.dtype != tensor.dtype and not bool(own.isfinite().all()):
-                    raise ValueError(
-                        f"weight {name!r} is not finite in the rollout format {self.precision.rollout.value!r}: its "
-                        f"largest magnitude is {float(tensor.abs().max()):.4g}, the format's {own.dtype} ends at "
-                        f"{self.precision.rollout.largest:.4g}. Roll out in 'bf16' or 'fp32'."
-                    )
             missing = [name for name, own in self._named.items() if id(own) not in filled]
             if unknown or missing:
                 raise ValueError(
@@ -153,8 +147,26 @@ class TorchEngine:
                     )
                     + ". Send the full state dict of the same architecture, under its Hugging Face names."
                 )
+            self._refuse_overflow({name: known[name] for name in filled.values()})
             self._runner.refresh()
         self.version = version
+
+    def _refuse_overflow(self, tensors: Mapping[str, Tensor]) -> None:
+        """Weights may arrive cast already, so an overflow shows in what is held, whatever the dtype that was sent."""
+        floats = [(name, t) for name, t in tensors.items() if t.is_floating_point() and t.numel()]
+        # NaN goes through both. One reduction a tensor is 15 times cheaper than isfinite, and one wait serves them all.
+        ends = torch.stack([end.float() for _, t in floats for end in t.aminmax()]).view(-1, 2)
+        bad = [name for (name, _), ok in zip(floats, ends.isfinite().all(-1).tolist(), strict=True) if not ok]
+        if not bad:
+            return
+        rollout = self.precision.rollout
+        remedy = "look at the training run's gradient norms, or lower the learning rate"
+        if rollout == Format.FP16:
+            remedy = f"set precision to 'bf16' or 'fp32', for training and rollout alike; if it happens there too, {remedy}"
+        raise Overflow(
+            f"weights not finite in the rollout format {rollout.value!r}, which ends at {rollout.largest:.6g}: "
+            f"{_some(bad)}. Remedy: {remedy}."
+        )
 
     def _same(self, name: str, other: str, tensor: Tensor, own: Tensor) -> None:
         """Two names of one tied weight must carry one value."""
@@ -193,7 +205,7 @@ class TorchEngine:
         return self.version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order. ValueError on bad input, RuntimeError on logits that are not finite."""
+        """One completion per prompt, in order. ValueError on bad input, Overflow on logits that are not finite."""
         sampler.check(sampling)
         version = self._check([(prompt.ids, sampling.max_tokens) for prompt in prompts])
         if not prompts:
@@ -242,9 +254,10 @@ class TorchEngine:
                     out[i] = logp[row, : len(sequences[i][1])].clone()
         for index, logp in enumerate(out):
             if bool(logp.isnan().any()):
-                raise RuntimeError(
+                raise Overflow(
                     f"sequence {index}: its logits are not finite. The weights or activations have most likely "
-                    "overflowed the rollout format; look at the training run's gradient norms, or use a wider one."
+                    "overflowed the rollout format: set precision to 'bf16' or 'fp32', or look at the training run's "
+                    "gradient norms."
                 )
         return out
 

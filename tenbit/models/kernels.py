@@ -94,7 +94,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     Sums are FP32. What torch does as fast, BF16 but for the gradient of a weight, is left to torch.
     """
     form = Format.of(a.dtype)
-    if not (_has_tiles() and (form == Format.FP16 or (form == Format.BF16 and a.stride(1) != 1))):
+    worth = a.device.type == "cpu" and (form == Format.FP16 or (form == Format.BF16 and a.stride(1) != 1))
+    if not (worth and _has_tiles()):
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n)

@@ -19,9 +19,9 @@ from statistics import fmean, quantiles
 from tenbit.clock import Clock
 from tenbit.compare import make_engine
 from tenbit.models import loading
+from tenbit.prompts import ask
 from tenbit.recipe import Recipe
 from tenbit.rollout import Group, Policy
-from tenbit.run import ask
 from tenbit.tasks import arithmetic
 from tenbit.tasks.grading import open_grader
 
