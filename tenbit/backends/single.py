@@ -27,7 +27,7 @@ from tenbit.models.loading import Model
 from tenbit.models.logprobs import Head, batch_logprobs
 from tenbit.precision import Precision
 from tenbit.recipe import OptimSpec
-from tenbit.types import Batch, Stat, Stats
+from tenbit.types import Batch, Overflow, Stat, Stats
 
 MAX_SKIPS_IN_A_ROW = 50  # from 65536 down to 6e-11: no scale is left to try
 
@@ -46,6 +46,8 @@ class SingleBackend:
         self._skips_in_a_row = 0
         named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         self._params = named
+        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+        self._buffers = {n: t for n, t in self._module.state_dict().items() if n not in parameters}
         self._masters: dict[str, Tensor] = dict(named)
         self._sums: dict[str, Tensor] = {}
         if precision.has_copy:
@@ -127,7 +129,7 @@ class SingleBackend:
             return
         self._skips_in_a_row += 1
         if self._skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
-            raise RuntimeError(
+            raise Overflow(
                 f"{self._skips_in_a_row} gradient steps in a row had inf or NaN gradients, whatever the loss scale: "
                 f"the model overflows in {self._precision.compute.value}, forward or backward. Resume from an earlier "
                 "checkpoint with a lower optim.lr, or train with precision = 'bf16' or 'fp32'"
@@ -143,12 +145,7 @@ class SingleBackend:
         by_param = {id(p): self._masters[name] for name, p in self._params.items()}
         for name, p in self._module.named_parameters(remove_duplicate=False):
             yield name, by_param.get(id(p), p).detach()
-        for name, b in self._module.named_buffers():
-            if name in self._persistent_buffers():
-                yield name, b
-
-    def _persistent_buffers(self) -> set[str]:
-        return set(self._module.state_dict()) - {n for n, _ in self._module.named_parameters(remove_duplicate=False)}
+        yield from self._buffers.items()
 
     @torch.no_grad()
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -159,7 +156,8 @@ class SingleBackend:
                     yield "optimizer", f"{name}.{key}", value
         for name, p in self._params.items():
             yield "copy", name, p
-        for name, total in self._sums.items():
+        sums = self._sums or {name: m.grad for name, m in self._masters.items() if m.grad is not None}
+        for name, total in sums.items():
             yield "gradient", name, total
         hidden = torch.zeros(1, self._head.weight.shape[1], device=self._device)
         yield "logits", "of a zero hidden state", self._head.logits(hidden)

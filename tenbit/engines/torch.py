@@ -162,7 +162,9 @@ class TorchEngine:
         rollout = self.precision.rollout
         remedy = "look at the training run's gradient norms, or lower the learning rate"
         if rollout == Format.FP16:
-            remedy = f"set precision to 'bf16' or 'fp32', for training and rollout alike; if it happens there too, {remedy}"
+            remedy = (
+                f"set precision to 'bf16' or 'fp32', for training and rollout alike; if it happens there too, {remedy}"
+            )
         raise Overflow(
             f"weights not finite in the rollout format {rollout.value!r}, which ends at {rollout.largest:.6g}: "
             f"{_some(bad)}. Remedy: {remedy}."
