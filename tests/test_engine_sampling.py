@@ -34,7 +34,7 @@ def reference(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 @pytest.mark.parametrize("vocabulary", [7, 3000])
-def test_log_mu_is_of_the_truncated_and_renormalised_distribution(sampling, vocabulary):
+def test_pitfalls_9_and_10_log_mu_is_of_the_truncated_and_renormalised_distribution(sampling, vocabulary):
     torch.manual_seed(0)
     logits = torch.randn(4, vocabulary) * 3
     expected = reference(logits, sampling)
@@ -90,7 +90,7 @@ def test_greedy_is_a_point_mass():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_give_nan_for_that_row_only(bad):
+def test_pitfall_13_logits_that_are_not_finite_give_nan_for_that_row_only(bad):
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     for sampling in (Sampling(1), Sampling(1, temperature=0.0), Sampling(1, top_p=0.5, top_k=3)):

@@ -1,9 +1,13 @@
-"""The built-in engine against full forward passes of the library's own models."""
+"""The built-in engine against full forward passes of the library's own models.
+
+Tests that hold off a known mistake of the field carry its number, as `test_pitfall_22_...` or in their docstring.
+"""
 
 import math
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -19,7 +23,7 @@ from tenbit.engines.compiled import available
 from tenbit.engines.llama import unsupported
 from tenbit.engines.torch import TorchEngine
 from tenbit.precision import Precision
-from tenbit.types import Prompt, Sampling
+from tenbit.types import Overflow, Prompt, Sampling
 
 torch.set_num_threads(1)
 
@@ -86,6 +90,13 @@ def make(config, seed=0):
     return model
 
 
+def in_format(model, fmt):
+    """A copy of the model with weights in another format; buffers such as rotary tables stay in FP32."""
+    copy = AutoModelForCausalLM.from_config(model.config, dtype=fmt.dtype).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 def engine_of(model, precision="fp32", **options):
     engine = TorchEngine(model.config, Precision.parse(precision), **options)
     engine.load_weights(model.named_parameters(), version=1)
@@ -121,6 +132,7 @@ def check_against(model, engine, sampling, atol=1e-5):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_log_probabilities_equal_a_full_forward_pass(kind, tied, path):
+    """Pitfall 9: log-probabilities are of the distribution at its temperature. Pitfalls 21 and 24, in FP32."""
     model = make(CONFIGS[kind](tie_word_embeddings=tied))
     stop = (5, 9, 11, 40, 41, 42, 43)
     with engine_of(model, path=path, max_batch=4) as engine:
@@ -178,7 +190,7 @@ def test_first_tokens_follow_the_softmax(path):
 
 
 @pytest.mark.parametrize("path", [*FAST, "generic"])
-def test_truncated_distributions_are_scored_as_they_are_sampled(path):
+def test_pitfall_10_truncated_distributions_are_scored_as_they_are_sampled(path):
     model = make(CONFIGS["qwen2"]())
     sampling = Sampling(12, temperature=0.7, top_p=0.8, top_k=20)
     with engine_of(model, path=path) as engine:
@@ -192,8 +204,8 @@ def test_truncated_distributions_are_scored_as_they_are_sampled(path):
 @pytest.mark.parametrize("path", [*FAST, "generic"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", {"preset": "fp16", "head": "fp32"}], ids=str)
-def test_an_update_takes_effect_everywhere(precision, tied, path):
-    """Old and new weights in turn: no cache, fused projection or wider head survives a load."""
+def test_pitfalls_22_and_24_an_update_takes_effect_everywhere(precision, tied, path):
+    """Old and new weights in turn: no cache, fused projection, tied or wider head survives a load."""
     config = CONFIGS["qwen2"](tie_word_embeddings=tied)
     models = [make(config, seed) for seed in (0, 1)]
     sampling = Sampling(6)
@@ -208,11 +220,14 @@ def test_an_update_takes_effect_everywhere(precision, tied, path):
                 assert new.version == version
                 assert new.response_ids == old.response_ids
                 assert torch.equal(new.logp, old.logp)
+            engine.precision.verify(engine.live())  # a wider head must not widen the embedding it is tied to
+            head, embedding = (engine._module.get_output_embeddings(), engine._module.get_input_embeddings())
+            assert (head.weight.data_ptr() == embedding.weight.data_ptr()) == tied
     assert [c.response_ids for c in fresh[0]] != [c.response_ids for c in fresh[1]]
 
 
 @pytest.mark.parametrize("path", [*FAST, "generic"])
-def test_live_weights_are_the_ones_that_were_sent(path):
+def test_pitfall_23_live_weights_are_the_ones_that_were_sent(path):
     model = make(CONFIGS["llama"](tie_word_embeddings=False))
     with engine_of(model, "fp16", path=path) as engine:
         live = {name: tensor for _, name, tensor in engine.live()}
@@ -222,39 +237,7 @@ def test_live_weights_are_the_ones_that_were_sent(path):
         assert engine.precision.verify(engine.live())["rollout"] == len(dict(model.named_parameters()))
 
 
-def k3(mu, pi):
-    gap = (pi - mu).double()
-    return float((gap.exp() - 1 - gap).mean())
-
-
-@pytest.mark.parametrize("path", [*FAST, "generic"])
-def test_mismatch_is_at_rounding_level_and_far_smaller_in_fp16(path):
-    """Engine against the library's forward pass in the same format: KL (k3) in BF16 is at least 24 times FP16's."""
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    master = make(config)
-    kl = {}
-    for name in ("fp16", "bf16"):
-        precision = Precision.parse(name)
-        model = make(config).to(precision.rollout.dtype)
-        mu, pi = [], []
-        with engine_of(master, name, path=path) as engine:
-            for c in engine.generate([Prompt((1, 2, i), seed=i) for i in range(24)], Sampling(48)):
-                mu.append(c.logp)
-                pi.append(reference(model, c.prompt_ids, c.response_ids).float())
-        kl[name] = k3(torch.cat(mu), torch.cat(pi))
-        assert (torch.cat(mu) - torch.cat(pi)).abs().max() < 60 * precision.rollout.epsilon
-    assert 0 < kl["fp16"] * 24 <= kl["bf16"] < 1e-2
-
-
-def test_bad_weights_are_named():
+def test_pitfall_23_missing_and_unknown_weights_are_refused_by_name():
     model = make(CONFIGS["qwen2"](tie_word_embeddings=True))
     named = dict(model.named_parameters())
     engine = TorchEngine(model.config, Precision.parse("fp16"))
@@ -269,12 +252,43 @@ def test_bad_weights_are_named():
         engine.load_weights([*named.items(), ("model.norm.weight", torch.zeros(3))], 0)
     with pytest.raises(ValueError, match=r"lm_head\.weight.*tied"):
         engine.load_weights([*named.items(), ("lm_head.weight", torch.zeros(97, 64))], 0)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight.*not finite"):
+    with pytest.raises(Overflow, match=r"not finite.*fp16.*65504: model\.norm\.weight\."):
         engine.load_weights({**named, "model.norm.weight": torch.full((64,), 1e5)}.items(), 0)
     with pytest.raises(ValueError, match="load_weights first"):
         engine.generate(PROMPTS, Sampling(1))
     engine.load_weights([*named.items(), ("lm_head.weight", named["model.embed_tokens.weight"])], 0)
     assert len(engine.generate(PROMPTS, Sampling(1))) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("path", [*FAST, "generic"])
+def test_pitfall_11_token_ids_are_carried_where_text_would_not_lead_back_to_them(path):
+    """Random bytes are rarely UTF-8: decoded and tokenised again they become other tokens of other probability."""
+    tokenizer = byte_tokenizer()
+    model = make(Qwen2Config(**{**SMALL, "vocab_size": len(tokenizer)}))
+    with engine_of(model, path=path) as engine:
+        out = engine.generate(PROMPTS, Sampling(20))
+    again = [tuple(tokenizer(tokenizer.decode(c.response_ids)).input_ids) for c in out]
+    assert sum(a != c.response_ids for a, c in zip(again, out, strict=True)) > len(out) // 2
+    for prompt, c in zip(PROMPTS, out, strict=True):
+        assert c.prompt_ids == prompt.ids
+        assert len(c.logp) == len(c.response_ids)
+        assert torch.allclose(c.logp.double(), reference(model, c.prompt_ids, c.response_ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [*FAST, "generic"])
+def test_pitfall_12_the_stop_token_is_sampled_scored_and_never_appended(path):
+    model = make(CONFIGS["qwen2"]())
+    stop = (5, 9, 11, 40, 41, 42, 43)
+    with engine_of(model, path=path) as engine:
+        out = engine.generate(PROMPTS, Sampling(12, stop_token_ids=stop))
+        free = engine.generate(PROMPTS, Sampling(12))
+    assert {c.finish for c in out} == {"stop", "length"}
+    for c, unstopped in zip(out, free, strict=True):
+        # The same seed without stop tokens draws the same tokens: nothing was added, nothing taken away.
+        assert c.response_ids == unstopped.response_ids[: c.length]
+        assert (c.finish == "stop") == (c.response_ids[-1] in stop)
+        expected = reference(model, c.prompt_ids, c.response_ids)[-1]
+        assert float(c.logp[-1]) == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize("path", [*FAST, "generic"])
@@ -291,23 +305,6 @@ def test_bad_requests_are_named(path):
             engine.generate([Prompt((97,), 0)], Sampling(1))
         with pytest.raises(ValueError, match="temperature"):
             engine.generate([Prompt((1,), 0)], Sampling(1, temperature=-1.0))
-
-
-@pytest.mark.parametrize("path", [*FAST, "generic"])
-def test_an_overflow_is_an_error_that_names_the_request(path):
-    """Activations beyond FP16's range; in BF16 the same weights sample."""
-    model = make(CONFIGS["qwen2"](tie_word_embeddings=False))
-    with torch.no_grad():
-        model.model.embed_tokens.weight[7] = 60000.0
-        model.model.layers[0].mlp.down_proj.weight.mul_(3e4)
-    requests = [Prompt((3, 4), 0), Prompt((3, 7), 1)]
-    with engine_of(model, "fp16", path=path) as engine:
-        with pytest.raises(RuntimeError, match=r"request [01] .*not finite.*overflowed"):
-            engine.generate(requests, Sampling(4))
-        with pytest.raises(RuntimeError, match=r"sequence 0.*not finite"):
-            engine.score([((3, 7), (1, 2))], Sampling(4))
-    with engine_of(model, "bf16", path=path) as engine:
-        assert all(c.logp.isfinite().all() for c in engine.generate(requests, Sampling(4)))
 
 
 def test_which_models_take_the_fast_path():

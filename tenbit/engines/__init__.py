@@ -23,7 +23,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes a full state dict in place of the current one. Raises ValueError on a missing or unknown name."""
+        """Takes a full state dict. ValueError on a missing or unknown name, Overflow on weights that are not finite."""
         ...
 
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
