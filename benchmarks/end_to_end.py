@@ -4,7 +4,8 @@
 
 16 prompts x 8 samples, at most 128 new tokens, one gradient step per batch, the weights of both cast whole to FP16 or
 BF16. TRL runs with the static cache (its faster setting), without a reference model, and updates its 16-bit weights
-in place without loss scaling; tenbit updates FP32 masters, scales the loss, and measures the mismatch as always.
+in place without loss scaling; tenbit updates FP32 masters, scales the loss, and measures the mismatch as always. The
+reward is `rewards.even`: in TRL's process, and in tenbit's worker processes as any user's function.
 `same`: every response has 128 tokens. `tail`: lengths are geometric, mean about a third of the maximum.
 Contestants take turns; figures are completion tokens per second of steps 2 and 3 of a run, the ratio is the median
 over rounds. Writes results/end_to_end.json.
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import rewards
 import torch
 from common import EOS, PAD, prompts, ratio, small_qwen2, write
 from rich.console import Console
@@ -54,7 +56,7 @@ def tenbit_rate(folder: Path, precision: str) -> tuple[float, dict[str, float]]:
         "steps": STEPS,
         "precision": precision,
         "model": {"path": str(folder)},
-        "task": {"data": str(folder / "problems.jsonl"), "grader": "exact"},
+        "task": {"data": str(folder / "problems.jsonl"), "grader": f"{Path(rewards.__file__)}:even"},
         "rollout": {"prompts": PROMPTS, "samples": SAMPLES, "max_tokens": NEW},
         "optim": {"updates": 1, "token_budget": 4096},
         "checkpoint": {"every": 0},
@@ -87,7 +89,7 @@ def trl_rate(folder: Path, precision: str, micro_batch: int) -> float:
 
     def reward(completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         lengths.append(sum(map(len, completion_ids)))
-        return [float(text.endswith("t7")) for text in completions]
+        return [rewards.even(None, text) for text in completions]
 
     rows = [json.loads(line)["problem"] for line in (folder / "problems.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=Format(precision).dtype)
