@@ -161,7 +161,8 @@ def main() -> None:
                 results.append(row)
                 print(
                     f"{precision} {lengths:5} tenbit {row['tenbit']:8,.0f} (sampling {row['tenbit_sampling']:,.0f}, "
-                    f"update {row['tenbit_update']:,.0f})  TRL {row['trl']:8,.0f}  ratio {row['ratio']:.2f}  bar {row['bar']}",
+                    f"update {row['tenbit_update']:,.0f})  TRL {row['trl']:8,.0f}  "
+                    f"ratio {row['ratio']:.2f}  bar {row['bar']}",
                     flush=True,
                 )
     from importlib.metadata import version
