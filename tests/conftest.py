@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -11,6 +12,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, set_seed
 
 torch.set_num_threads(2)
+# A suite started in the background inherits an ignored Ctrl-C, and so would the runs it interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

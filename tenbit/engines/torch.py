@@ -43,10 +43,17 @@ Path = Literal["auto", "native", "plain", "generic"]
 
 def _empty_module(config: PreTrainedConfig, precision: Precision, device: torch.device) -> PreTrainedModel:
     """The architecture in the rollout format, with unset weights; buffers such as rotary tables keep their dtype."""
-    with no_init_weights(), torch.device(device):
-        module = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=precision.rollout.dtype, attn_implementation="sdpa"
-        )
+
+    def make(attention: str) -> PreTrainedModel:
+        with no_init_weights(), torch.device(device):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=precision.rollout.dtype, attn_implementation=attention
+            )
+
+    try:
+        module = make("sdpa")
+    except ValueError:  # some architectures (Gemma 2, with its softcap inside attention) refuse it
+        module = make("eager")
     module.tie_weights()
     return module.requires_grad_(False).eval()
 

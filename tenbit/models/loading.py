@@ -86,7 +86,8 @@ def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = ()) -> Model:
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{_where(spec)} could not be loaded: {_first_line(error)}") from error
+        remedy = ". Set model.attention = 'eager'" if "attention implementation" in str(error) else ""
+        raise ValueError(f"{_where(spec)} could not be loaded: {_first_line(error)}{remedy}") from error
     module, found = loaded
     _refuse_gaps(found["missing_keys"], spec)
     _refuse_strange_tokenizer(module, tokenizer, spec)
