@@ -47,6 +47,8 @@ class ProblemStream:
         self._asked = asked
         self._seed = seed
         self.position = position
+        self._epoch: int | None = None  # the one that `_places` is the order of
+        self._places: list[int] = []
 
     def take(self, n: int) -> list[Asked]:
         taken = []
@@ -57,7 +59,7 @@ class ProblemStream:
         return taken
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             self._epoch = epoch
             self._places = list(range(len(self._asked)))
             random.Random(seed_of(self._seed, "order", epoch)).shuffle(self._places)
