@@ -15,7 +15,7 @@ from typing import Any
 from tenbit import mismatch
 from tenbit.backends.single import SingleBackend
 from tenbit.batching import Row, collate, micro_batches
-from tenbit.engines.torch import TorchEngine
+from tenbit.engines.choose import make_engine
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.prompts import Asked
@@ -24,17 +24,6 @@ from tenbit.rollout import seed_of
 from tenbit.types import Overflow, Problem, Prompt, Rollout
 
 LENGTHS = (1, *(2**i for i in range(5, 21)))  # buckets of response lengths: 1-31, 32-63, 64-127, ...
-
-
-def make_engine(recipe: Recipe, model: Model, precision: Precision) -> TorchEngine:
-    """The engine of a recipe, still without weights."""
-    return TorchEngine(
-        model.module.config,
-        precision,
-        device=model.device,
-        max_batch=recipe.rollout.max_batch,
-        pad_token_id=model.pad_token_id,
-    )
 
 
 def compare(recipe: Recipe, model: Model, asked: Sequence[Asked], name: str) -> dict[str, Any]:
@@ -50,7 +39,7 @@ def compare(recipe: Recipe, model: Model, asked: Sequence[Asked], name: str) -> 
     ]
     own = replace(model, module=copy.deepcopy(model.module))
     backend = SingleBackend(own, precision, recipe.optim, recipe.rollout.temperature, 1)
-    with make_engine(recipe, model, precision) as engine:
+    with make_engine(recipe.rollout, model, precision, recipe.seed) as engine:
         engine.load_weights(precision.to_engine(backend.weights()), version=0)
         completions = engine.generate(prompts, recipe.sampling(model.stop_token_ids))
     nothing = Problem("", "", "")

@@ -61,10 +61,26 @@ class TaskSpec(_Section):
     failed_reward: float = Field(0.0, description="of an answer whose grading hangs, crashes or raises")
 
 
+class VllmSpec(_Section):
+    """How vLLM is started, for rollout.engine = "vllm". Everything else it is told follows from the recipe."""
+
+    memory: float = Field(0.4, gt=0, lt=1, description="share of the GPU's memory for weights and cache")
+    cache_gib: float | None = Field(
+        None, gt=0, description="the cache for keys and values; None: by `memory` on a GPU, 1 GiB on a CPU"
+    )
+    eager: bool = Field(False, description="no CUDA graphs: a faster start, slower sampling")
+    sleep: bool = Field(True, description="free the GPU's memory while training (vLLM's sleep and wake)")
+    own_process: bool = Field(False, description="run the engine in a process of its own")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="more arguments of vllm.LLM, such as tensor_parallel_size"
+    )
+
+
 class RolloutSpec(_Section):
     """Sampling under mu. `prompts` x `samples` responses make one step's batch."""
 
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "vllm"] = Field("torch", description="the built-in engine, or vLLM")
+    vllm: VllmSpec = Field(default_factory=lambda: VllmSpec.model_validate({}))
     prompts: int = Field(64, ge=1)
     samples: int = Field(8, ge=1, description="G, responses per prompt")
     max_tokens: int = Field(ge=1, description="the longest response; Dr.GRPO's constant")

@@ -19,8 +19,9 @@ from rich.console import Console
 from tenbit import checkpoint
 from tenbit.backends.single import SingleBackend
 from tenbit.checkpoint import Progress
-from tenbit.compare import compare, make_engine
+from tenbit.compare import compare
 from tenbit.engines import Engine
+from tenbit.engines.choose import make_engine
 from tenbit.folder import check_same, choose_folder, locked, make_folder
 from tenbit.models import loading
 from tenbit.prompts import Asked, ask, ask_evals
@@ -67,7 +68,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
                 task.grader, workers=task.grade_workers, timeout=task.grade_timeout, failed_reward=task.failed_reward
             )
         )
-        engine = stack.enter_context(make_engine(recipe, model, recipe.precision))
+        engine = stack.enter_context(make_engine(recipe.rollout, model, recipe.precision, recipe.seed))
         make_folder(folder)
         stack.enter_context(locked(folder))
         found = checkpoint.latest(folder / "checkpoints") if resume else None

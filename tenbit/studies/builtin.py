@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, quantiles
 
 from tenbit.clock import Clock
-from tenbit.compare import make_engine
+from tenbit.engines.choose import make_engine
 from tenbit.models import loading
 from tenbit.prompts import ask
 from tenbit.recipe import Recipe
@@ -51,7 +51,7 @@ def main() -> None:
     tree = {"steps": 1, "model": {"path": args.model}, "rollout": {"max_tokens": MAX_TOKENS}}
     recipe = Recipe.of(tree)
     model = loading.load(recipe.model)
-    with open_grader("exact") as grader, make_engine(recipe, model, recipe.precision) as engine:
+    with open_grader("exact") as grader, make_engine(recipe.rollout, model, recipe.precision) as engine:
         engine.load_weights(recipe.precision.to_engine(model.module.state_dict().items()), version=0)
         sampled = Policy(engine, model.tokenizer, grader, recipe.sampling(model.stop_token_ids))
         greedy = replace(sampled, sampling=replace(sampled.sampling, temperature=0.0))

@@ -1,0 +1,28 @@
+"""The engine that a recipe names, still without weights."""
+
+from __future__ import annotations
+
+from tenbit.engines import Engine
+from tenbit.models.loading import Model
+from tenbit.precision import Precision
+from tenbit.recipe import RolloutSpec
+
+
+def make_engine(rollout: RolloutSpec, model: Model, precision: Precision, seed: int = 0) -> Engine:
+    """An engine for `model`'s architecture, to be closed after use. Raises ValueError where it cannot be had.
+
+    vLLM is imported here, and only when it is asked for.
+    """
+    if rollout.engine == "vllm":
+        from tenbit.engines.vllm import VllmEngine
+
+        return VllmEngine(model, precision, rollout, seed)
+    from tenbit.engines.torch import TorchEngine
+
+    return TorchEngine(
+        model.module.config,
+        precision,
+        device=model.device,
+        max_batch=rollout.max_batch,
+        pad_token_id=model.pad_token_id,
+    )
