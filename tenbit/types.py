@@ -66,7 +66,7 @@ class Completion:
 
     `response_ids` holds T ids, a stop token included; `logp` is ``[T]`` float32 on the CPU: log mu of each of
     them under the distribution that was sampled from (temperature and truncation applied). `version` counts the
-    weight updates the engine had received.
+    weight updates the engine had received, `repaired` the tokens whose log-probability was not finite and was scored again.
     """
 
     prompt_ids: tuple[int, ...]
@@ -74,6 +74,7 @@ class Completion:
     logp: Tensor
     finish: Finish
     version: int = 0
+    repaired: int = 0
 
     @property
     def length(self) -> int:
@@ -182,3 +183,11 @@ def merge(parts: Iterable[Mapping[str, Stat]]) -> Stats:
 
 class Overflow(RuntimeError):
     """A model's numbers left the range of the format it runs in. The message says where, and what to do."""
+
+
+class EngineFailed(RuntimeError):
+    """An engine stopped working in the middle of a run. The message holds the cause; no weights were changed."""
+
+
+class Undelivered(EngineFailed):
+    """An engine does not hold the weights that were sent to it. The message names the tensor, or the canary."""

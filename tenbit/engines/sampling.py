@@ -104,6 +104,17 @@ def log_mu(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
     return _log_mu(scores, finite, tokens, sampling)
 
 
+def log_mu_all(logits: Tensor, sampling: Sampling) -> Tensor:
+    """log mu ``[n, V]`` float32 of every token: what `log_mu` picks from."""
+    scores, finite = _scores(logits, sampling)
+    if sampling.temperature == 0.0:
+        best = scores.argmax(-1, keepdim=True)
+        logp = torch.full_like(scores, -torch.inf).scatter_(-1, best, 0.0)
+    else:
+        logp = scores.log_softmax(-1)
+    return logp.masked_fill(~finite[..., None], torch.nan)
+
+
 def _log_mu(scores: Tensor, finite: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0.0:
         logp = torch.where(scores.argmax(-1) == tokens, 0.0, -torch.inf)

@@ -1,0 +1,363 @@
+"""vLLM as the rollout policy: what people deploy, and the paper's mu.
+
+    with VllmEngine(model, Precision.parse("fp16"), recipe.rollout) as engine:
+        engine.load_weights(precision.to_engine(backend.weights()), version=0)
+        completions = engine.generate([Prompt(ids, seed=0)], Sampling(max_tokens=128))
+
+It starts with random weights, made from the configuration that the trainer has in memory, so the only weights it can ever
+sample from are those it was sent. They are installed in the live engine without touching the disk, every tensor's
+checksum is read back (`delivery.py`), and the prefix cache is emptied, which is tried out, not assumed.
+
+Token ids go in and come out; there is no tokenizer inside. Log-probabilities are those of the distribution that was
+sampled from ("processed": after temperature and truncation). vLLM runs in this process, or in one of its own
+(`rollout.vllm.own_process`), where weights travel through shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tenbit.engines import sampling as sampler
+from tenbit.engines.delivery import Report, Sent, checksum, compare
+from tenbit.engines.vllm_start import arguments, explain, quiet
+from tenbit.models.loading import Model
+from tenbit.precision import Format, Precision
+from tenbit.recipe import RolloutSpec
+from tenbit.types import Completion, EngineFailed, Overflow, Prompt, Sampling, Undelivered
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class VllmEngine:
+    """An `Engine` over vLLM. `longest` is the longest prompt and response together that it must hold."""
+
+    def __init__(
+        self, model: Model, precision: Precision, rollout: RolloutSpec, seed: int = 0, longest: int | None = None
+    ) -> None:
+        self.precision, self.version = precision, None
+        self._spec = rollout.vllm
+        self._context = min(longest or model.context, model.context)
+        self._vocabulary = model.module.get_input_embeddings().weight.shape[0]
+        self._names = {name: t.shape for name, t in model.module.state_dict().items()}
+        self._tied = _tied(model)
+        self._gpu = model.device.type == "cuda"
+        self._asleep = False
+        self._installed: list[Report] = []
+        quiet(own_process=self._spec.own_process)
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError(explain(error, rollout, model)) from error
+        self._params = vllm.SamplingParams
+        with tempfile.TemporaryDirectory(prefix="tenbit-vllm-") as folder:
+            config = copy.deepcopy(model.module.config)
+            config.architectures = [type(model.module).__name__]
+            config.save_pretrained(folder)
+            told = arguments(folder, model, precision, rollout, seed, self._context)
+            set_threads = torch.set_num_threads  # vLLM's CPU worker puts a function in its place that does nothing
+            try:
+                self._llm = vllm.LLM(**told)
+            except Exception as error:  # of a dozen kinds, of which the text is what helps
+                raise ValueError(explain(error, rollout, model)) from error
+            finally:
+                torch.set_num_threads = set_threads
+        self._config = self._llm.llm_engine.vllm_config
+        self._block = int(self._config.cache_config.block_size)
+        self._refuse_differences()
+
+    def _refuse_differences(self) -> None:
+        """What vLLM made of its arguments, held against the plan. Raises ValueError naming the part."""
+        made = self._config.model_config
+        wanted = {
+            "dtype": (made.dtype, self.precision.rollout.dtype),
+            "head's dtype": (made.head_dtype, self.precision.head_dtype("rollout")),
+            "cache's dtype": (self._config.cache_config.cache_dtype, "auto"),
+            "quantization": (made.quantization, None),
+            "logprobs_mode": (made.logprobs_mode, "processed_logprobs"),
+            "vocabulary": (made.get_vocab_size(), self._vocabulary),
+        }
+        for what, (has, plan) in wanted.items():
+            if has != plan:
+                raise ValueError(
+                    f"rollout.engine = 'vllm': its {what} is {has}, but the trainer's policy has {plan}: the two would "
+                    "be different policies. Remove what rollout.vllm.options says about it, or use "
+                    "rollout.engine = 'torch'"
+                )
+
+    # --- weights
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Installs a full state dict in place and proves that it arrived.
+
+        Raises ValueError on missing or unknown names, Overflow on weights that are not finite in the rollout format,
+        Undelivered if the engine holds anything else than was sent; it then refuses to sample until a load succeeds.
+        """
+        self.version = None
+        with self._alive("a weight update"):
+            self._wake("weights")
+            if not self._asleep and self._installed:
+                self._marker()  # fills the cache under the old weights, for the trial below
+            sent: dict[str, Sent] = {}
+            reports = self._install(self._checked(named_tensors, sent))
+            self._refuse_gaps(sent)
+            compare(sent, reports, self._tied)
+            self._wake("kv_cache")
+            self._asleep = False
+            self._forget()
+        self._installed = reports
+        self.version = version
+
+    def _checked(self, named: Iterable[tuple[str, Tensor]], sent: dict[str, Sent]) -> Iterator[tuple[str, Tensor]]:
+        """Passes weights on; notes their checksums, and refuses what does not fit before it is installed."""
+        rollout = self.precision.rollout
+        for name, tensor in named:
+            if self._names.get(name) != tensor.shape:
+                known = f"shape {list(self._names[name])}" if name in self._names else "no such weight"
+                raise ValueError(
+                    f"weight {name!r} of shape {list(tensor.shape)} was sent, but the engine's model has {known}. Send "
+                    "the full state dict of the same architecture, under its Hugging Face names."
+                )
+            held = tensor.to(rollout.dtype) if tensor.is_floating_point() else tensor
+            if held.is_floating_point() and held.numel() and not all(e.isfinite() for e in held.aminmax()):
+                raise Overflow(
+                    f"weights not finite in the rollout format {rollout.value!r}, which ends at {rollout.largest:.6g}: "
+                    f"{name}. Remedy: look at the training run's gradient norms, or set precision to 'bf16' or 'fp32'"
+                )
+            sent[name] = Sent(checksum(held), held.numel())
+            yield name, tensor
+
+    def _install(self, named: Iterator[tuple[str, Tensor]]) -> list[Report]:
+        if not self._spec.own_process:
+            return [Report.of(r) for r in self._llm.collective_rpc("tenbit_install", args=(named,))]
+        # Another process: shared memory, which is memory and not the disk
+        where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        with tempfile.NamedTemporaryFile(dir=where, prefix="tenbit-weights-") as file:
+            save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in named}, file.name)
+            return [Report.of(r) for r in self._llm.collective_rpc("tenbit_install_file", args=(file.name,))]
+
+    def _refuse_gaps(self, sent: Mapping[str, Sent]) -> None:
+        missing = [n for n in self._names if n not in sent and self._tied.get(n) not in sent]
+        if missing:
+            raise ValueError(
+                f"the weights do not fit the engine's model: missing: {', '.join(missing[:5])}"
+                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+                + ". Send the full state dict of the same architecture, under its Hugging Face names."
+            )
+
+    def _forget(self) -> None:
+        """Empties the prefix cache, then asks for a prompt that was in it: none of it may come from there."""
+        emptied = self._llm.reset_prefix_cache()
+        kept = self._marker()
+        if not emptied or kept:
+            raise Undelivered(
+                f"weight update: the prefix cache was not emptied ({kept} tokens of the probe prompt were still in it): "
+                "responses would mix keys and values of old weights with the new ones. Set "
+                "rollout.vllm.options.enable_prefix_caching = false"
+            )
+
+    def _marker(self) -> int:
+        """Runs a prompt of more than two cache blocks; says how many of its tokens came from the cache."""
+        length = min(2 * self._block + 1, self._context - 1)
+        ids = [(7 * i) % self._vocabulary for i in range(length)]
+        asked = self._params(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+        (out,) = self._llm.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)
+        return int(out.num_cached_tokens or 0)
+
+    def rest(self) -> None:
+        """Gives the GPU's memory back until the next `load_weights`; on a CPU there is nothing to give back."""
+        if self._gpu and self._spec.sleep and not self._asleep:
+            self.version = None
+            with self._alive("going to sleep"):
+                self._llm.sleep(level=2)  # the weights will be sent anew, so they need not be kept
+            self._asleep = True
+
+    def _wake(self, what: str) -> None:
+        if self._asleep:
+            self._llm.wake_up(tags=[what])
+
+    def live(self) -> Iterator[tuple[str, str, Tensor]]:
+        """What was installed last, as empty tensors of its shape and dtype: vLLM may pack the values.
+
+        The CPU kernels add biases in FP32; such a bias holds the numbers of the rollout format and is left out.
+        """
+        wider = str(Format.FP32.dtype).removeprefix("torch.")
+        for report in self._installed:
+            for name, parts in report.parts.items():
+                for part in parts:
+                    if not (name.endswith("bias") and part.dtype == wider):
+                        dtype = getattr(torch, part.dtype)
+                        yield "rollout", name, torch.empty(part.part[0], dtype=dtype, device="meta")
+
+    # --- sampling
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in order. ValueError on bad input, Overflow on logits that are not finite."""
+        sampler.check(sampling)
+        version = self._check([(p.ids, sampling.max_tokens) for p in prompts])
+        if not prompts:
+            return []
+        asked = [self._asked(sampling, seed=p.seed) for p in prompts]
+        with self._alive("sampling"):
+            outs = self._llm.generate([{"prompt_token_ids": list(p.ids)} for p in prompts], asked, use_tqdm=False)
+        drawn = [
+            self._completion(p, out.outputs[0], sampling, version) for p, out in zip(prompts, outs, strict=True)
+        ]
+        return self._repaired(drawn, sampling)
+
+    def _asked(self, sampling: Sampling, **more: Any) -> Any:
+        return self._params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # what ends a response is in stop_token_ids, on both sides
+            detokenize=False,
+            logprobs=0,
+            flat_logprobs=True,
+            **more,
+        )
+
+    def _completion(self, prompt: Prompt, drawn: Any, sampling: Sampling, version: int) -> Completion:
+        ids = tuple(drawn.token_ids)
+        values = drawn.logprobs.logprobs
+        if len(values) != len(ids) or not ids:
+            raise EngineFailed(f"vLLM returned {len(values)} log-probabilities for {len(ids)} tokens")
+        # at temperature 0 the distribution is a point mass; vLLM reports the untempered one
+        logp = torch.zeros(len(ids)) if sampling.temperature == 0 else torch.tensor(values)
+        stopped = ids[-1] in sampling.stop_token_ids
+        return Completion(prompt.ids, ids, logp, "stop" if stopped else "length", version)
+
+    def _repaired(self, drawn: list[Completion], sampling: Sampling) -> list[Completion]:
+        """Log-probabilities that are not finite are scored again, and counted; if they stay so, that is an overflow."""
+        bad = [i for i, c in enumerate(drawn) if not bool(c.logp.isfinite().all())]
+        if not bad:
+            return drawn
+        scores = self.score([(drawn[i].prompt_ids, drawn[i].response_ids) for i in bad], sampling)
+        for i, logp in zip(bad, scores, strict=True):
+            broken = ~drawn[i].logp.isfinite()
+            if not bool(logp[broken].isfinite().all()):
+                raise Overflow(
+                    f"prompt {i}: vLLM gave tokens that it drew a probability of zero. Weights or activations have most "
+                    "likely overflowed the rollout format: set precision to 'bf16' or 'fp32'"
+                )
+            fixed = torch.where(broken, logp, drawn[i].logp)
+            drawn[i] = Completion(**{**vars(drawn[i]), "logp": fixed, "repaired": int(broken.sum())})
+        return drawn
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: Sampling) -> list[Tensor]:
+        """log mu ``[T]`` of each response's tokens given its prompt, as vLLM's prefill computes it."""
+        sampler.check(sampling)
+        self._check([(prompt, len(response)) for prompt, response in sequences])
+        self._check([(response, 0) for _, response in sequences if len(response)])
+        asked = self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        out = [torch.empty(len(response)) for _, response in sequences]
+        places = [i for i, (_, response) in enumerate(sequences) if len(response)]
+        texts = [{"prompt_token_ids": [*sequences[i][0], *sequences[i][1]]} for i in places]
+        if not texts:
+            return out
+        with self._alive("scoring"):
+            self._llm.collective_rpc(
+                "tenbit_begin_scoring", args=(sampling.temperature, sampling.top_p, sampling.top_k)
+            )
+            try:
+                scored = self._llm.generate(texts, asked, use_tqdm=False)
+            finally:
+                self._llm.collective_rpc("tenbit_end_scoring")
+        for i, result in zip(places, scored, strict=True):
+            values = result.prompt_logprobs.logprobs
+            out[i] = torch.tensor(values[len(values) - len(sequences[i][1]) :])
+            if bool(out[i].isnan().any()):
+                raise Overflow(
+                    f"sequence {i}: its logits are not finite. The weights or activations have most likely overflowed "
+                    "the rollout format: set precision to 'bf16' or 'fp32'"
+                )
+        return out
+
+    def _check(self, asked: Iterable[tuple[Sequence[int], int]]) -> int:
+        """Refuses calls without weights, ids outside the vocabulary, and what exceeds the context; the version."""
+        if self.version is None:
+            raise ValueError("the engine has no weights, or is asleep: call load_weights before it samples or scores.")
+        for index, (ids, more) in enumerate(asked):
+            if not ids:
+                raise ValueError(f"prompt {index} is empty; a model cannot continue nothing.")
+            if min(ids) < 0 or max(ids) >= self._vocabulary:
+                raise ValueError(
+                    f"prompt {index} holds token id {max(ids) if min(ids) >= 0 else min(ids)}, but the model has "
+                    f"{self._vocabulary} tokens: the tokenizer and the model do not belong together."
+                )
+            if len(ids) + more > self._context:
+                raise ValueError(
+                    f"prompt {index} has {len(ids)} tokens, and with {more} tokens of response it exceeds the "
+                    f"engine's context of {self._context}. Shorten or drop the prompt, or lower max_tokens to "
+                    f"{max(self._context - len(ids), 0)} or less."
+                )
+        return self.version
+
+    # --- life and death
+
+    @contextlib.contextmanager
+    def _alive(self, doing: str) -> Iterator[None]:
+        """Turns whatever vLLM dies of into one error with its cause. What is ours passes through."""
+        try:
+            yield
+        except (ValueError, Overflow, EngineFailed, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            self.version = None
+            raise EngineFailed(
+                f"vLLM stopped working during {doing}: {type(error).__name__}: {_cause(error)}"
+            ) from error
+
+    def close(self) -> None:
+        """Stops vLLM and frees its memory. The engine cannot be used afterwards."""
+        self.version = None
+        llm = self.__dict__.pop("_llm", None)
+        if llm is None:
+            return
+        with contextlib.suppress(Exception):  # it may have died already
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if self._gpu:
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _tied(model: Model) -> dict[str, str]:
+    """Names that share one weight in the model: each but the first -> the first."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, p in model.module.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            tied[name] = first[id(p)]
+        first.setdefault(id(p), name)
+    return tied | {other: name for name, other in tied.items()}
+
+
+def _cause(error: BaseException) -> str:
+    """The first error of the chain, in one line: "worker died" alone helps nobody."""
+    while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

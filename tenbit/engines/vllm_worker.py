@@ -1,0 +1,56 @@
+"""What tenbit adds to vLLM's worker: weights installed under watch, and scores of the sampled distribution.
+
+vLLM mixes this class into its worker (`worker_extension_cls`), in whatever process that runs, and `VllmEngine` calls its
+methods by name (`collective_rpc`). It touches vLLM only through the worker that it is part of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tenbit.engines import sampling as sampler
+from tenbit.engines.delivery import Arrivals
+from tenbit.types import Sampling
+
+
+class WorkerExtension:
+    """Methods of vLLM's worker. `model_runner` is the worker's own."""
+
+    model_runner: Any
+
+    def tenbit_install(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+        """Puts a full state dict in place and says what is where now: `delivery.Report` in plain values."""
+        arrivals = Arrivals()
+        with arrivals:
+            self.model_runner.reload_weights(weights_iterator=arrivals.watch(named))
+        model = self.model_runner.get_model()
+        repack_experts(model)
+        return arrivals.report(model, self.model_runner.model_config.dtype).plain()
+
+    def tenbit_install_file(self, path: str) -> dict[str, Any]:
+        """The same from a safetensors file in shared memory, for an engine in a process of its own."""
+        with safe_open(path, framework="pt") as file:
+            return self.tenbit_install((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    def tenbit_begin_scoring(self, temperature: float, top_p: float, top_k: int) -> None:
+        """From now on scores of prompt tokens are of the distribution that such a sampling draws from."""
+        sampling = Sampling(1, temperature, top_p, top_k)
+        self.model_runner.sampler.compute_logprobs = lambda logits: sampler.log_mu_all(logits, sampling)
+
+    def tenbit_end_scoring(self) -> None:
+        del self.model_runner.sampler.compute_logprobs  # the class's own shows again
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """vLLM's CPU kernels for experts keep a packed copy that its reload leaves as it was."""
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        repack = getattr(experts, "process_weights_after_loading", None)
+        if repack is not None and next(module.parameters()).device.type == "cpu":
+            repack(module)
