@@ -56,6 +56,11 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def at(folder: Path, step: int) -> bool:
+    """Whether there is a complete checkpoint of this step."""
+    return any(int(p.name.removeprefix("step-")) == step for p in complete(folder))
+
+
 def load_progress(checkpoint: Path) -> Progress:
     """How far the run was when the checkpoint was written."""
     return Progress(**json.loads((checkpoint / "state.json").read_text()))

@@ -37,7 +37,7 @@ from tenbit.recipe import Recipe
 from tenbit.rollout import collect, rows
 from tenbit.run import Run, open_run
 from tenbit.runlog import write_atomic
-from tenbit.types import Batch, Stats, Totals, merge
+from tenbit.types import Batch, EngineFailed, Stats, Totals, merge
 
 Metrics = dict[str, float | int | None]
 Update = tuple[list[Batch], Totals]
@@ -57,7 +57,7 @@ def train(
 ) -> Path:
     """Runs a recipe to its end and returns the run folder. Raises ValueError for bad input, Interrupted on Ctrl-C."""
     out = Path(out) if out is not None else None
-    with open_run(recipe, out, resume, console) as run, stop_requested() as stopping:
+    with open_run(recipe, out, resume, console) as run, stop_requested() as stopping, saved_if_engine_fails(run):
         verify_precision(run)
         if run.progress.step == 0 and run.eval_sets:
             run.log.log(0, evaluate_now(run, Clock()))
@@ -66,9 +66,11 @@ def train(
             metrics = train_step(run, step, clock)
             run.progress = Progress(step, run.stream.position)
             last = step == recipe.steps
-            if run.eval_sets and (last or step % recipe.eval.every == 0):
-                metrics |= evaluate_now(run, clock)
-            run.log.log(step, metrics | times(clock))
+            try:
+                if run.eval_sets and (last or step % recipe.eval.every == 0):
+                    metrics |= evaluate_now(run, clock)
+            finally:  # an engine that dies while it evaluates leaves a step that was trained
+                run.log.log(step, metrics | times(clock))
             due = recipe.checkpoint.every and step % recipe.checkpoint.every == 0
             if last or due or stopping.is_set():
                 checkpoint.save(run.folder / "checkpoints", run.backend, run.progress, recipe.checkpoint.keep)
@@ -78,6 +80,18 @@ def train(
     return run.folder
 
 
+@contextlib.contextmanager
+def saved_if_engine_fails(run: Run) -> Iterator[None]:
+    """Keeps what was trained when an engine dies: it works before a step's first update, never after."""
+    try:
+        yield
+    except EngineFailed as error:
+        step = run.progress.step
+        if step and not checkpoint.at(run.folder / "checkpoints", step):
+            checkpoint.save(run.folder / "checkpoints", run.backend, run.progress, run.recipe.checkpoint.keep)
+        raise type(error)(f"{error}. The run is saved as it was after step {step}") from error
+
+
 def train_step(run: Run, step: int, clock: Clock) -> Metrics:
     """One policy iteration: sample under theta', then `optim.updates` gradient steps."""
     recipe, algorithm = run.recipe, run.recipe.algorithm.build()
@@ -85,6 +99,7 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
     failed_before = Counter(run.policy.grader.failures)
     run.log.phase("sampling")
     collected = collect(run.policy, run.stream, recipe, step, clock)
+    run.engine.rest()
     run.log.samples(step, [r for group in collected.sampled for r in group], recipe.log_samples)
     updates = make_updates(rows(collected.groups, ADVANTAGES[algorithm.advantage]), run)
     run.log.phase("training")
@@ -163,9 +178,10 @@ def summarise(stats: Stats, steps: Sequence[StepStats]) -> Metrics:
 
 
 def send_weights(run: Run, clock: Clock) -> None:
-    """The masters, cast once by the plan, into the engine; their version is the number of steps done."""
+    """The masters, cast once by the plan, into the engine, and proof of it; their version is the steps done."""
     with clock("sync"):
         run.engine.load_weights(run.recipe.precision.to_engine(run.backend.weights()), run.progress.step)
+        run.canary.prove(run.engine, run.backend)
 
 
 def evaluate_now(run: Run, clock: Clock) -> Metrics:

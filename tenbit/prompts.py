@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from tenbit.models import loading
 from tenbit.recipe import Recipe
@@ -28,6 +29,7 @@ def ask(source: str, recipe: Recipe, model: loading.Model, longest: int, limit: 
     keys = {} if source in shipped() else {"problem_key": task.problem_key, "answer_key": task.answer_key}
     problems = load_problems(source, **keys, split=task.split, limit=limit)
     asked = [Asked(p, _encode(p, task.template, model)) for p in problems]
+    _refuse_foreign_tokens(asked, model)
     room = model.context - longest
     budget = "rollout.max_tokens (eval.max_tokens for an evaluation set)"
     fitting = [a for a in asked if len(a.ids) <= room]
@@ -56,6 +58,18 @@ def _encode(problem: Problem, template: str, model: loading.Model) -> tuple[int,
     except UnicodeEncodeError as error:
         raise ValueError(f"{problem.id}: the problem is not Unicode text: {error.reason}. Correct the row") from None
     return encode_prompt(template, problem.prompt, model.tokenizer)
+
+
+def _refuse_foreign_tokens(asked: list[Asked], model: loading.Model) -> None:
+    """Both sides look token ids up in the same table; an id beyond its end belongs to another model's tokenizer."""
+    embedding: Any = model.module.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    for a in asked:
+        if max(a.ids) >= rows:
+            raise ValueError(
+                f"{a.problem.id}: the tokenizer gives token id {max(a.ids)}, but the model has {rows} tokens: they do "
+                "not belong together. Correct the tokenizer files in model.path"
+            )
 
 
 def ask_evals(recipe: Recipe, model: loading.Model) -> dict[str, list[Asked]]:

@@ -165,4 +165,5 @@ def _describe(kept: list[Group], sampled: list[Group], rounds: int) -> dict[str,
         "train/informative_groups": sum(map(informative, sampled)) / len(sampled),
         "train/kept_groups": float(len(kept)),
         "train/rounds": float(rounds),
+        "train/logp_repaired": float(sum(r.completion.repaired for r in every)),
     }

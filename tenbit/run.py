@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from tenbit import checkpoint
 from tenbit.backends.single import SingleBackend
+from tenbit.canary import Canary
 from tenbit.checkpoint import Progress
 from tenbit.compare import compare
 from tenbit.engines import Engine
@@ -44,6 +45,7 @@ class Run:
     stream: ProblemStream
     eval_sets: dict[str, list[Asked]]
     log: RunLog
+    canary: Canary
     progress: Progress
 
     @property
@@ -68,7 +70,8 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
                 task.grader, workers=task.grade_workers, timeout=task.grade_timeout, failed_reward=task.failed_reward
             )
         )
-        engine = stack.enter_context(make_engine(recipe.rollout, model, recipe.precision, recipe.seed))
+        longest = longest_asked(recipe, train, evals)
+        engine = stack.enter_context(make_engine(recipe.rollout, model, recipe.precision, recipe.seed, longest))
         make_folder(folder)
         stack.enter_context(locked(folder))
         found = checkpoint.latest(folder / "checkpoints") if resume else None
@@ -92,7 +95,14 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         sampling = recipe.sampling(model.stop_token_ids)
         policy = Policy(engine, model.tokenizer, grader, sampling)
         stream = ProblemStream(train, recipe.seed, start.position)
-        yield Run(recipe, folder, model, policy, backend, stream, evals, runlog, start)
+        canary = Canary.of(train, model, recipe.precision, sampling, longest)
+        yield Run(recipe, folder, model, policy, backend, stream, evals, runlog, canary, start)
+
+
+def longest_asked(recipe: Recipe, train: Sequence[Asked], evals: Mapping[str, Sequence[Asked]]) -> int:
+    """Tokens of the longest prompt and its longest response together: what an engine must have room for."""
+    most = {"": recipe.rollout.max_tokens} | dict.fromkeys(evals, recipe.eval.max_tokens or recipe.rollout.max_tokens)
+    return max(len(a.ids) + most[name] for name, asked in {"": train, **evals}.items() for a in asked)
 
 
 def write_comparison(

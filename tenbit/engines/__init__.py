@@ -23,7 +23,13 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes a full state dict. ValueError on a missing or unknown name, Overflow on weights that are not finite."""
+        """Takes a full state dict. ValueError on a missing or unknown name, Overflow on weights that are not finite,
+        Undelivered where the engine can tell that it holds something else than was sent.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Nothing is asked of it until the next `load_weights`: memory shared with training may be given back."""
         ...
 
     def live(self) -> Iterator[tuple[str, str, Tensor]]:

@@ -8,7 +8,9 @@ from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
 
 
-def make_engine(rollout: RolloutSpec, model: Model, precision: Precision, seed: int = 0, longest: int | None = None) -> Engine:
+def make_engine(
+    rollout: RolloutSpec, model: Model, precision: Precision, seed: int = 0, longest: int | None = None
+) -> Engine:
     """An engine for `model`'s architecture, to be closed after use. Raises ValueError where it cannot be had.
 
     `longest` is the longest prompt and response together that will be asked for; None: the model's whole context.

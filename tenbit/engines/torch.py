@@ -272,6 +272,9 @@ class TorchEngine:
 
     # --- context manager
 
+    def rest(self) -> None:
+        """Holds the weights only; the cache is made anew for each call and is gone already."""
+
     def close(self) -> None:
         """Frees the weights. The engine cannot be used afterwards."""
         self.version = None

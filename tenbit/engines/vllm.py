@@ -18,8 +18,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import math
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,13 +30,14 @@ from torch import Tensor
 
 from tenbit.engines import sampling as sampler
 from tenbit.engines.delivery import Report, Sent, checksum, compare
-from tenbit.engines.vllm_start import arguments, explain, quiet
+from tenbit.engines.vllm_start import arguments, captured_errors, environment, explain
 from tenbit.models.loading import Model
 from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
 from tenbit.types import Completion, EngineFailed, Overflow, Prompt, Sampling, Undelivered
 
 SHARED_MEMORY = Path("/dev/shm")
+_in_this_process: set[VllmEngine] = set()
 
 
 class VllmEngine:
@@ -56,24 +55,9 @@ class VllmEngine:
         self._gpu = model.device.type == "cuda"
         self._asleep = False
         self._installed: list[Report] = []
-        quiet(own_process=self._spec.own_process)
-        try:
-            import vllm
-        except ImportError as error:
-            raise ValueError(explain(error, rollout, model)) from error
-        self._params = vllm.SamplingParams
-        with tempfile.TemporaryDirectory(prefix="tenbit-vllm-") as folder:
-            config = copy.deepcopy(model.module.config)
-            config.architectures = [type(model.module).__name__]
-            config.save_pretrained(folder)
-            told = arguments(folder, model, precision, rollout, seed, self._context)
-            set_threads = torch.set_num_threads  # vLLM's CPU worker puts a function in its place that does nothing
-            try:
-                self._llm = vllm.LLM(**told)
-            except Exception as error:  # of a dozen kinds, of which the text is what helps
-                raise ValueError(explain(error, rollout, model)) from error
-            finally:
-                torch.set_num_threads = set_threads
+        self._llm, self._params = _start(model, precision, rollout, seed, self._context)
+        if not self._spec.own_process:
+            _in_this_process.add(self)
         self._config = self._llm.llm_engine.vllm_config
         self._block = int(self._config.cache_config.block_size)
         self._refuse_differences()
@@ -212,9 +196,7 @@ class VllmEngine:
         asked = [self._asked(sampling, seed=p.seed) for p in prompts]
         with self._alive("sampling"):
             outs = self._llm.generate([{"prompt_token_ids": list(p.ids)} for p in prompts], asked, use_tqdm=False)
-        drawn = [
-            self._completion(p, out.outputs[0], sampling, version) for p, out in zip(prompts, outs, strict=True)
-        ]
+        drawn = [self._completion(p, out.outputs[0], sampling, version) for p, out in zip(prompts, outs, strict=True)]
         return self._repaired(drawn, sampling)
 
     def _asked(self, sampling: Sampling, **more: Any) -> Any:
@@ -328,8 +310,13 @@ class VllmEngine:
         llm = self.__dict__.pop("_llm", None)
         if llm is None:
             return
+        _in_this_process.discard(self)
         with contextlib.suppress(Exception):  # it may have died already
-            llm.llm_engine.engine_core.shutdown()
+            if self._spec.own_process or not _in_this_process:
+                llm.llm_engine.engine_core.shutdown()
+            else:  # a full shutdown would take down the process group that the other engines here use
+                llm.llm_engine.engine_core._finalizer.detach()
+                llm.collective_rpc("shutdown")
         del llm
         gc.collect()
         if self._gpu:
@@ -342,6 +329,25 @@ class VllmEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _start(model: Model, precision: Precision, rollout: RolloutSpec, seed: int, context: int) -> tuple[Any, Any]:
+    """vLLM with random weights, made from the trainer's own configuration; and its class of sampling parameters."""
+    environment(own_process=rollout.vllm.own_process)
+    set_threads = torch.set_num_threads  # vLLM's CPU worker puts a function in its place that does nothing
+    with tempfile.TemporaryDirectory(prefix="tenbit-vllm-") as folder, captured_errors() as said:
+        config = copy.deepcopy(model.module.config)
+        config.architectures = [type(model.module).__name__]
+        config.save_pretrained(folder)
+        told = arguments(folder, model, precision, rollout, seed, context)
+        try:
+            import vllm
+
+            return vllm.LLM(**told), vllm.SamplingParams
+        except Exception as error:  # of a dozen kinds, of which the text is what helps
+            raise ValueError(explain(error, said(), rollout, model)) from error
+        finally:
+            torch.set_num_threads = set_threads
 
 
 def _tied(model: Model) -> dict[str, str]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tenbit.models.loading import Model
@@ -10,21 +15,45 @@ from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
 
 CPU_CACHE_GIB = 1.0
+PREFILL_TOKENS = 4096  # prompts that are read together
 _OURS = (  # set by the recipe's other keys: two places could disagree
     "model", "dtype", "seed", "max_model_len", "max_num_seqs", "logprobs_mode", "skip_tokenizer_init", "load_format",
     "worker_extension_cls", "generation_config", "enforce_eager", "kv_cache_memory_bytes", "gpu_memory_utilization",
-    "enable_sleep_mode", "hf_overrides", "kv_cache_dtype", "quantization",
+    "enable_chunked_prefill", "max_num_batched_tokens", "enable_sleep_mode", "hf_overrides", "kv_cache_dtype", "quantization",
 )  # fmt: skip
 
 
-def quiet(own_process: bool) -> None:
-    """Environment that vLLM reads when it is imported. What the user has set stays, except where it must fit."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+def environment(own_process: bool) -> None:
+    """What vLLM reads from the environment. What the user has set stays, except where it must fit."""
+    # in this process the cause of an error arrives as an exception; vLLM would print every request besides
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if own_process else "CRITICAL")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, int(CPU_CACHE_GIB))))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
     # scoring a response that fills the context asks for one token more, which is never computed with
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+
+
+@contextlib.contextmanager
+def captured_errors() -> Iterator[Callable[[], str]]:
+    """Keeps what is written to stderr meanwhile, by C++ and by child processes too: warnings nobody can act on, and,
+    if an engine in a process of its own does not start, the only place where the cause is said.
+    """
+    with tempfile.TemporaryFile() as file:
+
+        def said() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def arguments(
@@ -57,6 +86,9 @@ def arguments(
     if cache is not None:
         told["kv_cache_memory_bytes"] = int(cache * 2**30)
     told["gpu_memory_utilization"] = spec.memory
+    if not gpu:  # a seeded request whose prompt is cut in two stops vLLM on CPUs: its generators cannot be rewound
+        told["enable_chunked_prefill"] = False
+        told["max_num_batched_tokens"] = max(PREFILL_TOKENS, context + 1)
     if gpu and spec.sleep:
         told["enable_sleep_mode"] = True
     if precision.head_dtype("rollout") != precision.rollout.dtype:
@@ -64,12 +96,13 @@ def arguments(
     return told | spec.options
 
 
-def explain(error: BaseException, rollout: RolloutSpec, model: Model) -> str:
-    """vLLM's refusal as the recipe's key and a remedy."""
+def explain(error: BaseException, printed: str, rollout: RolloutSpec, model: Model) -> str:
+    """vLLM's refusal, an exception and what was `printed`, as the recipe's key and a remedy."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(before)
-    text = "\n".join(str(e) for e in chain)
+    causes = re.findall(r"^.*?\b(?:\w*Error|\w*Exception): (.+)$", printed, re.MULTILINE)
+    text = "\n".join([*causes, *map(str, chain)])
     said = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     where = "rollout.engine = 'vllm'"
     if isinstance(error, ImportError):
@@ -81,7 +114,7 @@ def explain(error: BaseException, rollout: RolloutSpec, model: Model) -> str:
     lowered = text.lower()
     if "architecture" in lowered and ("not supported" in lowered or "no vllm implementation" in lowered):
         return f"{where}: vLLM does not know the architecture {kind!r}: {said}. Use rollout.engine = 'torch'"
-    if "max seq len" in lowered or "max_model_len" in lowered and "kv cache" in lowered:
+    if "max seq len" in lowered or ("max_model_len" in lowered and "kv cache" in lowered):
         return (
             f"{where}: the cache has no room for one sequence of the longest prompt and rollout.max_tokens = "
             f"{rollout.max_tokens}: {said}. Raise rollout.vllm.cache_gib (or .memory), or lower rollout.max_tokens"

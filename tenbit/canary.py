@@ -1,0 +1,115 @@
+"""The canary: a few fixed token sequences that sampler and trainer must agree on after every weight update.
+
+    canary = Canary.of(asked, model, recipe.precision, sampling, longest)
+    error = canary.prove(engine, backend)          raises Undelivered
+
+Checksums prove what an engine was given; the canary proves what it computes with, packed layouts and caches included. Both
+sides score the same tokens, one sequence being longer than a block of any engine's cache, and the engine draws a
+few tokens on top of it. Two things are held against the truth:
+
+    the size      the root mean square of (log pi - log mu) / (1 + |log pi|) stays below 16 times the spacing of the
+                  coarser format's numbers around 1, divided by the temperature. Rounding keeps far below (measured:
+                  about 1 to 3); weights of another update soon do not
+    the movement  since the first proof, log mu must have moved as log pi has: the slope of the one change on the other
+                  is 1. A stale part moves less. This sees updates far smaller than the rounding of one token; it is
+                  judged only where the slope is known well enough
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tenbit.backends import Backend
+from tenbit.batching import Row, collate
+from tenbit.engines import Engine
+from tenbit.models.loading import Model
+from tenbit.precision import Format, Precision
+from tenbit.prompts import Asked
+from tenbit.types import Completion, Problem, Prompt, Rollout, Sampling, Undelivered
+
+LENGTHS = (16, 48, 160)  # vLLM's cache blocks hold 128 tokens on a CPU, 16 on a GPU
+DRAWN = 2
+ROOM = 16.0  # times the format's spacing
+FP32_ROOM = 256.0  # FP32's error is mostly that of the order of summation, which the spacing says less about
+SLOPE_OFF, SLOPE_KNOWN = 0.5, 0.1  # a slope this far from 1 is refused if its standard error is below the second
+
+Tokens = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass
+class Canary:
+    """`sequences` are (first token, the rest); `bound` is of the relative error. Remembers the first proof."""
+
+    sequences: tuple[Tokens, ...]
+    sampling: Sampling
+    bound: float
+    pad_token_id: int
+    _first: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked], model: Model, precision: Precision, sampling: Sampling, longest: int) -> Canary:
+        """From the run's own prompts, one after another. `longest` is what the engine can hold."""
+        text = list(itertools.islice(itertools.chain.from_iterable(a.ids for a in asked), max(LENGTHS)))
+        text = list(itertools.islice(itertools.cycle(text), max(LENGTHS)))
+        lengths = sorted({min(n, longest - DRAWN) for n in LENGTHS})
+        spacing = max(precision.compute.epsilon, precision.rollout.epsilon)
+        room = FP32_ROOM if spacing == Format.FP32.epsilon else ROOM
+        plain = Sampling(DRAWN, sampling.temperature)
+        bound = room * spacing / min(1.0, sampling.temperature)
+        return cls(tuple(((text[0],), tuple(text[1:n])) for n in lengths), plain, bound, model.pad_token_id)
+
+    def prove(self, engine: Engine, backend: Backend) -> float:
+        """The relative error of the engine's current weights. Raises Undelivered if it is no rounding error."""
+        prompt, rest = self.sequences[-1]
+        drawn = engine.generate([Prompt(prompt + rest, seed=0)], self.sampling)  # first: nothing may be cached yet
+        scored = engine.score(self.sequences, self.sampling)
+        rows = [Completion(p, r, logp, "length") for (p, r), logp in zip(self.sequences, scored, strict=True)]
+        batch = collate([_row(c) for c in [*rows, *drawn]], self.pad_token_id)
+        pi, mu, mask = backend.logprobs(batch).cpu().double(), batch.logp_rollout.double(), batch.mask
+        fixed = (pi[: len(rows)][mask[: len(rows)]], mu[: len(rows)][mask[: len(rows)]])
+        error = _relative(pi[mask], mu[mask])
+        if not error <= self.bound:  # NaN included
+            far = ((pi - mu).abs() * mask).nan_to_num(math.inf).sum(-1).argmax()
+            what = f"canary of {int(mask[far].sum())} tokens" + (" drawn by the engine" if far >= len(rows) else "")
+            raise _stale(
+                f"{what}: the log-probabilities of sampler and trainer differ by {error:.2g} (relative, root mean "
+                f"square); rounding explains at most {self.bound:.2g}"
+            )
+        if self._first is None:
+            self._first = fixed
+        else:
+            self._refuse_other_movement(fixed, self._first)
+        return error
+
+    def _refuse_other_movement(self, now: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) -> None:
+        moved_pi, moved_mu = now[0] - first[0], now[1] - first[1]
+        size = float(moved_pi.square().sum())
+        noise = 2 * float((now[0] - now[1]).square().mean() + (first[0] - first[1]).square().mean())
+        if size == 0 or noise / size > SLOPE_KNOWN**2:
+            return
+        slope = float((moved_pi * moved_mu).sum()) / size
+        if abs(slope - 1) > SLOPE_OFF:
+            raise _stale(
+                f"canary: since the run began the trainer's log-probabilities moved by {math.sqrt(size / len(now[0])):.2g} "
+                f"(root mean square), the sampler's by {slope:.2f} of that: a part of its weights is stale"
+            )
+
+
+def _row(completion: Completion) -> Row:
+    return Row(Rollout(Problem("", "", ""), completion, "", 0.0, False, 0), 0.0)
+
+
+def _relative(pi: Tensor, mu: Tensor) -> float:
+    return float(((pi - mu) / (1 + pi.abs())).square().mean().sqrt())
+
+
+def _stale(what: str) -> Undelivered:
+    return Undelivered(
+        f"weight update: {what}. The sampler no longer runs the policy that is trained, so the run stops. Resume from the "
+        "last checkpoint; if it happens again, rollout.engine = 'torch' samples without this engine"
+    )
