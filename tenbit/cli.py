@@ -1,4 +1,4 @@
-"""The command line: `tenbit train`, `report`, `recipes`, `algorithms`, `precisions`.
+"""The command line: `tenbit train`, `evaluate`, `probe`, `report`, `recipes`, `algorithms`, `precisions`.
 
 Bad input ends with one message that names the file, the key and the remedy, and exit status 2; a stopped run that
 can go on ends with 130. `TENBIT_TRACEBACK=1` shows where an error came from.
@@ -133,6 +133,84 @@ def precisions() -> None:
     console.print(plan_table(Precision.parse("fp16"), {}))
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="'builtin', a model folder, or a run folder")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE|KEY=VALUE]...", help="more sets, and a recipe's keys")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="FILE...", help="sets: shipped ones, files")] = None,
+    samples: Annotated[int | None, typer.Option(help="K, responses to each problem (default 8)")] = None,
+    engine: Annotated[str | None, typer.Option(help="torch (built in) or vllm (default torch)")] = None,
+    precision: Annotated[str | None, typer.Option(help="a format, or training/rollout (default fp16)")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default 0.6)")] = None,
+    top_p: Annotated[float | None, typer.Option(help="nucleus sampling (default 0.95)")] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="token budget, or several: 8192,32768 (default 8192)")] = None,
+    template: Annotated[str | None, typer.Option(help="plain, chat, r1-distill, ... or a text (default plain)")] = None,
+    grader: Annotated[str | None, typer.Option(help="math, exact, or module:function (default math)")] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first so many problems of each set")] = None,
+    seed: Annotated[int | None, typer.Option(help="decides every response (default 0)")] = None,
+    both: Annotated[bool, typer.Option("--both", help="the training policy too: the deployment gap")] = False,
+    texts: Annotated[bool, typer.Option("--texts", help="keep the responses' texts")] = False,
+    chunk: Annotated[int | None, typer.Option(help="problems sampled, and written, at a time")] = None,
+    out: Annotated[Path | None, typer.Option(help="the folder; else runs/evaluate-NAME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the evaluation in the folder")] = False,
+) -> None:
+    """Score a model as it will be deployed: avg@k, pass@k, maj@k with intervals. A run folder brings its settings."""
+    from tenbit.studies.evaluation import run
+    from tenbit.studies.evaluation_plan import make_plan
+
+    keys = [item for item in more or [] if "=" in item and not Path(item).exists()]
+    sets = [*(data or []), *(item for item in more or [] if item not in keys)]
+    plan = make_plan(
+        model, data=sets, samples=samples, engine=engine, precision=precision, temperature=temperature, top_p=top_p,
+        max_tokens=max_tokens, template=template, grader=grader, limit=limit, seed=seed, both=both, texts=texts,
+        chunk=chunk, overrides=keys,
+    )  # fmt: skip
+    try:
+        run(plan, out, resume=resume)
+    except KeyboardInterrupt:
+        print("tenbit: stopped; what is done is saved, and the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+
+
+@app.command()
+def probe(
+    model: Annotated[str | None, typer.Argument(help="'builtin', a model folder or name, or a run folder")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="a recipe's keys, such as model.pad_token=</s>")
+    ] = None,
+    rows: Annotated[Path | None, typer.Option("--from", help="log-probabilities that were recorded elsewhere")] = None,
+    named: Annotated[str | None, typer.Option("--model", help="with --from: the model that sampled them")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="problems: a shipped set, a file")] = None,
+    engine: Annotated[str | None, typer.Option(help="torch (built in) or vllm  [torch]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="formats, or training/rollout: fp16,bf16,fp32,bf16/fp16  [fp16,bf16]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="responses to each problem  [4]")] = None,
+    prompts: Annotated[int | None, typer.Option(help="problems  [32]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="the longest response  [1024, or half the context]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of sampling  [1]; of rows that name none")] = None,
+    template: Annotated[str | None, typer.Option(help="plain, chat, r1-distill, ... or a text  [plain]")] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first so many problems, or rows")] = None,
+    seed: Annotated[int | None, typer.Option(help="decides problems, responses and intervals  [0]")] = None,
+    attribute: Annotated[bool, typer.Option("--attribute", help="split the gap by cause")] = False,
+    out: Annotated[Path | None, typer.Option(help="a new folder; else runs/probe")] = None,
+) -> None:
+    """Measure how far sampler and trainer are apart on the same weights, in each format."""
+    from tenbit.studies.probe_run import probe_command
+
+    options = {
+        "data": data, "engine": engine, "samples": samples, "prompts": prompts, "max_tokens": max_tokens,
+        "template": template, "precision": precision, "temperature": temperature, "limit": limit, "seed": seed,
+    }  # fmt: skip
+    try:
+        probe_command(model, named, rows, options, overrides or [], out, attribute)
+    except KeyboardInterrupt:
+        print("tenbit: stopped; what was scored is in probe.jsonl.gz, which --from reads", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+
+
 def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for i, head in enumerate(heads):
@@ -147,7 +225,7 @@ def main() -> None:
     """Entry point: user errors become one message and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from tenbit.types import Overflow
+    from tenbit.types import EngineFailed, Overflow
 
     try:
         app()
@@ -156,7 +234,11 @@ def main() -> None:
             raise
         print(f"tenbit: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except (OSError, Overflow) as error:  # a full disk, a folder that may not be written, a run that diverged
+    except (
+        OSError,
+        Overflow,
+        EngineFailed,
+    ) as error:  # a full disk, a folder that may not be written, a run that diverged
         if os.environ.get("TENBIT_TRACEBACK"):
             raise
         print(f"tenbit: {error}. A run goes on from its last checkpoint with --resume", file=sys.stderr)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, set_seed
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A suite started in the background inherits an ignored Ctrl-C, and so would the runs it interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

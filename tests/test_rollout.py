@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tenbit.advantages import ADVANTAGES
-from tenbit.evaluate import pass_at_k, scores
 from tenbit.prompts import Asked
 from tenbit.rollout import ProblemStream, informative, overlong_penalty, rows, seed_of
 from tenbit.types import Completion, Problem, Rollout
@@ -61,16 +60,3 @@ def test_rows_carry_the_groups_advantages():
     group = [rollout(r) for r in (1.0, 0.0, 0.0, 1.0)]
     (made,) = rows([group], ADVANTAGES["leave-one-out"])
     assert [r.advantage for r in made] == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
-
-
-def test_pass_at_k_against_counting():
-    from itertools import combinations
-
-    for n, c, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 4)):
-        draws = list(combinations([True] * c + [False] * (n - c), k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
-
-
-def test_scores():
-    groups = [[rollout(1, True), rollout(0)], [rollout(0), rollout(0)]]
-    assert scores(groups, 2) == {"avg@2": 0.25, "pass@2": 0.5}

@@ -157,6 +157,7 @@ class Arrivals(TorchDispatchMode):
         super().__init__()
         self._sent: dict[int, tuple[str, Tensor]] = {}
         self._at: dict[int, list[_Landing]] = {}
+        self._repacked: set[int] = set()
 
     def watch(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Passes weights on and remembers them by their storage, which stays alive until the mode is dropped."""
@@ -202,6 +203,8 @@ class Arrivals(TorchDispatchMode):
             if leaves:
                 del self._at[_storage(source)]
             self._at[_storage(target)] = moved
+        elif leaves:
+            self._repacked.add(_storage(target))  # from memory that is not known: the engine's own layout, perhaps
 
     def report(self, model: nn.Module, dtype: torch.dtype) -> Report:
         """Reads back what was installed, in the engine's format `dtype`. Call it outside the mode, after loading.
@@ -232,6 +235,8 @@ class Arrivals(TorchDispatchMode):
         written = sum(x.target.numel() for x in {(x.name, x.part): x for x in self._at.get(storage, [])}.values())
         owner = model.get_submodule(name.rpartition(".")[0])
         rows = getattr(owner, "org_vocab_size", None)
+        if storage in self._repacked and storage not in self._at:
+            return False
         if rows is not None and written >= min(rows, parameter.shape[0]) * parameter[0].numel():
             return False
         return written < parameter.numel()

@@ -95,33 +95,49 @@ class VllmEngine:
             if not self._asleep and self._installed:
                 self._marker()  # fills the cache under the old weights, for the trial below
             sent: dict[str, Sent] = {}
-            reports = self._install(self._checked(named_tensors, sent))
+            refused: list[Exception] = []
+            installed, self._installed = self._install(self._checked(named_tensors, sent, refused)), []
+            if refused:
+                raise refused[0]
             self._refuse_gaps(sent)
-            compare(sent, reports, self._tied)
+            compare(sent, installed, self._tied)
             self._wake("kv_cache")
             self._asleep = False
             self._forget()
-        self._installed = reports
+        self._installed = installed
         self.version = version
 
-    def _checked(self, named: Iterable[tuple[str, Tensor]], sent: dict[str, Sent]) -> Iterator[tuple[str, Tensor]]:
-        """Passes weights on; notes their checksums, and refuses what does not fit before it is installed."""
-        rollout = self.precision.rollout
+    def _checked(
+        self, named: Iterable[tuple[str, Tensor]], sent: dict[str, Sent], refused: list[Exception]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Passes weights on and notes their checksums; ends at the first that does not fit, with the reason noted.
+
+        Raising here would leave vLLM's model in pieces; ended early, it is whole, and the next load can mend it.
+        """
         for name, tensor in named:
-            if self._names.get(name) != tensor.shape:
-                known = f"shape {list(self._names[name])}" if name in self._names else "no such weight"
-                raise ValueError(
-                    f"weight {name!r} of shape {list(tensor.shape)} was sent, but the engine's model has {known}. Send "
-                    "the full state dict of the same architecture, under its Hugging Face names."
-                )
-            held = tensor.to(rollout.dtype) if tensor.is_floating_point() else tensor
-            if held.is_floating_point() and held.numel() and not all(e.isfinite() for e in held.aminmax()):
-                raise Overflow(
-                    f"weights not finite in the rollout format {rollout.value!r}, which ends at {rollout.largest:.6g}: "
-                    f"{name}. Remedy: look at the training run's gradient norms, or set precision to 'bf16' or 'fp32'"
-                )
+            held = tensor.to(self.precision.rollout.dtype) if tensor.is_floating_point() else tensor
+            refused += self._unfit(name, held)
+            if refused:
+                return
             sent[name] = Sent(checksum(held), held.numel())
             yield name, tensor
+
+    def _unfit(self, name: str, held: Tensor) -> list[Exception]:
+        if self._names.get(name) != held.shape:
+            known = f"shape {list(self._names[name])}" if name in self._names else "no such weight"
+            text = (
+                f"weight {name!r} of shape {list(held.shape)} was sent, but the engine's model has {known}. Send "
+                "the full state dict of the same architecture, under its Hugging Face names."
+            )
+            return [ValueError(text)]
+        if held.is_floating_point() and held.numel() and not all(e.isfinite() for e in held.aminmax()):
+            rollout = self.precision.rollout
+            text = (
+                f"weights not finite in the rollout format {rollout.value!r}, which ends at {rollout.largest:.6g}: "
+                f"{name}. Remedy: look at the training run's gradient norms, or set precision to 'bf16' or 'fp32'"
+            )
+            return [Overflow(text)]
+        return []
 
     def _install(self, named: Iterator[tuple[str, Tensor]]) -> list[Report]:
         if not self._spec.own_process:

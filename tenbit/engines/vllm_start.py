@@ -28,7 +28,7 @@ def environment(own_process: bool) -> None:
     # in this process the cause of an error arrives as an exception; vLLM would print every request besides
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if own_process else "CRITICAL")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, int(CPU_CACHE_GIB))))
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would win over rollout.vllm.cache_gib
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
     # scoring a response that fills the context asks for one token more, which is never computed with
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"

@@ -29,8 +29,9 @@ class WorkerExtension:
         with arrivals:
             self.model_runner.reload_weights(weights_iterator=arrivals.watch(named))
         model = self.model_runner.get_model()
-        repack_experts(model)
-        return arrivals.report(model, self.model_runner.model_config.dtype).plain()
+        report = arrivals.report(model, self.model_runner.model_config.dtype).plain()
+        repack_experts(model)  # after they were read back: it puts another layout in their place
+        return report
 
     def tenbit_install_file(self, path: str) -> dict[str, Any]:
         """The same from a safetensors file in shared memory, for an engine in a process of its own."""

@@ -1,0 +1,164 @@
+"""What `tenbit probe` is asked to do, as values: the options become a recipe, so that they are checked as a run's are.
+
+    plan = make_plan("builtin", precision="fp16,bf16", samples=4)
+    model, asked, plan = plan.open()               the longest response is settled once the model's context is known
+
+MODEL is 'builtin', a Hugging Face folder or name, or a run folder: then the run's exported model is probed, on the
+run's data, template and sampling unless an option says otherwise. A message names the option, not the recipe's key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tenbit.models import loading
+from tenbit.precision import Precision
+from tenbit.prompts import Asked, ask
+from tenbit.recipe import Recipe, _override
+
+PROMPTS, SAMPLES = 32, 4
+LONGEST = 1024  # tokens of a response where nothing says otherwise, or half of the model's context
+PRECISIONS = "fp16,bf16"
+OPTIONS = {
+    "model.path": "MODEL",
+    "task.data": "--data",
+    "task.template": "--template",
+    "task.limit": "--limit",
+    "rollout.engine": "--engine",
+    "rollout.prompts": "--prompts",
+    "rollout.samples": "--samples",
+    "rollout.max_tokens": "--max-tokens",
+    "rollout.temperature": "--temperature",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`recipe` says how to sample and score; `precisions` are the pairs, in the order asked for."""
+
+    recipe: Recipe
+    precisions: tuple[Precision, ...]
+    longest_given: bool
+
+    def open(self) -> tuple[loading.Model, list[Asked], Plan]:
+        """Loads model and problems. Raises ValueError for what does not fit together."""
+        with said_in_options():
+            model = loading.load(self.recipe.model, self.recipe.rollout.stop_tokens)
+            plan = self if self.longest_given else self.with_longest(min(LONGEST, model.context // 2))
+            task, longest = plan.recipe.task, plan.recipe.rollout.max_tokens
+            asked = ask(task.data, plan.recipe, model, longest, task.limit)
+        return model, asked, plan
+
+    def with_longest(self, tokens: int) -> Plan:
+        rollout = self.recipe.rollout.model_copy(update={"max_tokens": max(1, tokens)})
+        return replace(self, recipe=self.recipe.model_copy(update={"rollout": rollout}))
+
+
+@contextmanager
+def said_in_options() -> Iterator[None]:
+    """Messages about keys that options have set speak of the options."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for key, option in OPTIONS.items():
+            text = re.sub(rf"(?<![\w.-]){re.escape(key)}(?![\w.])", option, text)
+        raise ValueError(text) from error
+
+
+def parse_precisions(text: str) -> tuple[Precision, ...]:
+    """``"fp16,bf16,bf16/fp16"`` -> plans, each once."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--precision: name at least one, such as fp16,bf16,bf16/fp16")
+    found: dict[str, Precision] = {}
+    for name in names:
+        try:
+            plan = Precision.parse(name)
+        except ValueError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            said = next((line for line in lines if "there is no format" in line), lines[-1])
+            said = re.sub(r"^Value error, |\s*\[type=.*$", "", said)
+            raise ValueError(f"--precision {text}: {said}") from None
+        found[plan.name] = plan
+    return tuple(found.values())
+
+
+def make_plan(
+    model: str,
+    *,
+    data: str | None = None,
+    engine: str | None = None,
+    precision: str | None = None,
+    prompts: int | None = None,
+    samples: int | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    overrides: Sequence[str] = (),
+    needs_data: bool = True,
+) -> Plan:
+    """Raises ValueError naming the option. `overrides` are a recipe's ``key=value``: rollout.vllm.memory=0.8."""
+    tree = _defaults(model)
+    if needs_data and data is None and "data" not in tree["task"]:
+        raise ValueError(
+            f"--data: name the problems that {model} is to answer: a shipped set (math500, gsm8k, aime24, ...), a "
+            ".jsonl or .parquet file, or a Hugging Face dataset"
+        )
+    given = {
+        "": {"seed": seed},
+        "task": {"data": data, "template": template, "limit": limit},
+        "rollout": {
+            "engine": engine,
+            "prompts": prompts,
+            "samples": samples,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        },
+    }
+    for section, values in given.items():
+        (tree[section] if section else tree).update({k: v for k, v in values.items() if v is not None})
+    for item in overrides:
+        _override(tree, item)
+    longest_given = "max_tokens" in tree["rollout"]
+    tree["rollout"].setdefault("max_tokens", LONGEST)
+    precisions = parse_precisions(precision or PRECISIONS)
+    with said_in_options():
+        recipe = Recipe.of(tree, "tenbit probe")
+        return Plan(recipe, precisions, longest_given)
+
+
+def _defaults(model: str) -> dict[str, Any]:
+    """A probe's own settings; for a run folder on top of the run's."""
+    tree: dict[str, Any] = {
+        "name": "probe",
+        "steps": 1,
+        "model": {"path": model},
+        "task": {"data": "arithmetic_perfectible"} if model == "builtin" else {},
+        "rollout": {"prompts": PROMPTS, "samples": SAMPLES},
+        "algorithm": {"advantage": "reward"},  # nothing is trained: one response to a prompt is enough
+        "optim": {"updates": 1},
+    }
+    folder = Path(model).expanduser()
+    if not (folder / "recipe.toml").is_file():
+        return tree
+    if not (folder / "model" / "config.json").is_file():
+        raise ValueError(
+            f"{model}: this run has no model/ yet; it is written when a run is finished. Finish it with "
+            "`tenbit train RECIPE --out FOLDER --resume`"
+        )
+    own = Recipe.load(folder / "recipe.toml").tree()
+    kept = ("engine", "vllm", "stop_tokens", "max_batch", "max_tokens", "temperature")
+    tree["model"] = own["model"] | {"path": str(folder / "model")}
+    tree["task"] = {k: v for k, v in own["task"].items() if k not in ("grader", "grade_workers")}
+    tree["rollout"] |= {k: v for k, v in own["rollout"].items() if k in kept}
+    tree["optim"]["token_budget"] = own["optim"]["token_budget"]
+    tree["seed"] = own["seed"]
+    return tree
