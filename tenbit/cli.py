@@ -43,6 +43,7 @@ def train(
     from tenbit.recipe import Recipe
     from tenbit.report import write_report
     from tenbit.runlog import default_console, show_summary
+    from tenbit.types import EngineFailed, Overflow
 
     console = default_console()
     try:
@@ -57,6 +58,9 @@ def train(
     except KeyboardInterrupt:
         print("tenbit: stopped at once; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
+    except (OSError, Overflow, EngineFailed):
+        print("tenbit: the run ends here; it goes on from its last checkpoint with --resume", file=sys.stderr)
+        raise
     write_report(folder)
     show_summary(folder, console)
 
@@ -241,5 +245,5 @@ def main() -> None:
     ) as error:  # a full disk, a folder that may not be written, a run that diverged
         if os.environ.get("TENBIT_TRACEBACK"):
             raise
-        print(f"tenbit: {error}. A run goes on from its last checkpoint with --resume", file=sys.stderr)
+        print(f"tenbit: {error}", file=sys.stderr)
         sys.exit(1)

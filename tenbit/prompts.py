@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from tenbit.models import loading
 from tenbit.recipe import Recipe
@@ -62,8 +61,7 @@ def _encode(problem: Problem, template: str, model: loading.Model) -> tuple[int,
 
 def _refuse_foreign_tokens(asked: list[Asked], model: loading.Model) -> None:
     """Both sides look token ids up in the same table; an id beyond its end belongs to another model's tokenizer."""
-    embedding: Any = model.module.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = model.vocabulary
     for a in asked:
         if max(a.ids) >= rows:
             raise ValueError(

@@ -290,7 +290,7 @@ class Recipe(_Section):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not valid TOML: {error}") from None
         for item in overrides:
-            _override(tree, item)
+            override(tree, item)
         return cls.of(tree, str(file))
 
     @classmethod
@@ -327,7 +327,7 @@ def _near(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _override(tree: dict[str, Any], item: str) -> None:
+def override(tree: dict[str, Any], item: str) -> None:
     """Sets ``a.b=value`` in place. The value is read as TOML, or else as plain text."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():

@@ -66,7 +66,8 @@ class Completion:
 
     `response_ids` holds T ids, a stop token included; `logp` is ``[T]`` float32 on the CPU: log mu of each of
     them under the distribution that was sampled from (temperature and truncation applied). `version` counts the
-    weight updates the engine had received, `repaired` the tokens whose log-probability was not finite and was scored again.
+    weight updates the engine had received, `repaired` the tokens whose log-probability was not finite and was scored
+    again.
     """
 
     prompt_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Proof that weights arrived, without any engine: checksums, and loaders that fuse, cut, cast, pack, drop and corrupt."""
+"""Proof that weights arrived, without any engine: checksums; loaders that fuse, cut, cast, pack, drop and corrupt."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_dropped_tensor_is_named(name):
 
 def test_a_tensor_that_the_loader_passes_over_is_named():
     named = {**weights(), "head": torch.randn(50, 16).half()}
-    with pytest.raises(Undelivered, match="'head'.*stale"):
+    with pytest.raises(Undelivered, match=r"'head'.*stale"):
         compare(sent(named), [deliver(named)], {})
 
 

@@ -77,9 +77,7 @@ def truth(module, prompt, response, sampling):
 
 def some_prompts(n=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        Prompt(tuple(torch.randint(0, 256, (4 + 3 * i,), generator=generator).tolist()), 100 + i) for i in range(n)
-    ]
+    return [Prompt(tuple(torch.randint(0, 256, (4 + 3 * i,), generator=generator).tolist()), 100 + i) for i in range(n)]
 
 
 def test_a_mixture_of_experts_too(tmp_path):
@@ -123,7 +121,7 @@ def test_log_probabilities_are_those_of_the_distribution_sampled_from(qwen, samp
 
 
 def test_ids_go_in_and_come_out_and_stop_tokens_end_a_response(qwen):
-    model, engine = qwen
+    _, engine = qwen
     prompts = some_prompts()
     plain = engine.generate(prompts, Sampling(16))
     assert [c.prompt_ids for c in plain] == [p.ids for p in prompts]
@@ -147,7 +145,10 @@ def test_a_response_is_a_function_of_its_seed(qwen):
     }
     alone = {p.seed: engine.generate([p], sampling)[0].response_ids for p in prompts}
     assert first == again == alone
-    assert len(set(engine.generate([Prompt((1, 2, 3), s) for s in range(8)], sampling)[i].response_ids for i in range(8))) == 8
+    assert (
+        len(set(engine.generate([Prompt((1, 2, 3), s) for s in range(8)], sampling)[i].response_ids for i in range(8)))
+        == 8
+    )
 
 
 def test_greedy_is_the_argmax_with_probability_one(qwen):
@@ -186,9 +187,9 @@ def test_bad_calls_say_what_is_wrong(load):
             engine.generate([Prompt((1,), 0), Prompt((), 0)], Sampling(4))
         with pytest.raises(ValueError, match="token id 300, but the model has 300"):
             engine.generate([Prompt((300,), 0)], Sampling(4))
-        with pytest.raises(ValueError, match="missing: .*model.norm.weight"):
+        with pytest.raises(ValueError, match=r"missing: .*model\.norm\.weight"):
             engine.load_weights([(n, t) for n, t in model.module.state_dict().items() if n != "model.norm.weight"], 1)
-        with pytest.raises(ValueError, match="'nonsense'.*no such weight"):
+        with pytest.raises(ValueError, match=r"'nonsense'.*no such weight"):
             engine.load_weights([*model.module.state_dict().items(), ("nonsense", torch.zeros(2))], 1)
         with pytest.raises(ValueError, match="no weights"):  # a failed load leaves none to sample from
             engine.generate([Prompt((1,), 0)], Sampling(4))
@@ -224,7 +225,7 @@ def new_weights_arrive_whole(model):
 def test_canary_accepts_rounding_and_the_plan_is_what_is_live(load, precision, temperature):
     model, plan = load("qwen2"), Precision.parse(precision)
     with opened(model, precision) as engine:
-        backend = SingleBackend(loading.load(ModelSpec(path=model.module.name_or_path)), plan, OptimSpec(), temperature, 1)
+        backend = backend_of(model, plan, temperature)
         canary = a_canary(model, plan, temperature)
         for version in range(2):
             engine.load_weights(plan.to_engine(backend.weights()), version)
@@ -267,7 +268,8 @@ def corrupted(engine, monkeypatch, spoil):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"]
+    "name",
+    ["model.layers.1.self_attn.k_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"],
 )
 def test_one_flipped_bit_on_the_way_is_caught_and_named(load, monkeypatch, name):
     model = load("llama")
@@ -321,9 +323,9 @@ def test_a_stale_packed_copy_of_a_tied_head_is_caught_by_the_canary(load, monkey
             canary.prove(engine, backend_of(newer, plan))
 
 
-def backend_of(model, plan):
+def backend_of(model, plan, temperature=1.0):
     own = loading.Model(copy.deepcopy(model.module), *[getattr(model, k) for k in list(model.__dataclass_fields__)[1:]])
-    return SingleBackend(own, plan, OptimSpec(), 1.0, 1)
+    return SingleBackend(own, plan, OptimSpec(), temperature, 1)
 
 
 def without(checked, name):

@@ -78,7 +78,9 @@ def test_an_engine_that_fails_in_the_middle_of_a_step_loses_only_that_step(folde
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(VllmEngine, "generate", dying)
-    with pytest.raises(EngineFailed, match=r"during sampling: RuntimeError: CUDA out of memory.*saved as it was after step 2"):
+    with pytest.raises(
+        EngineFailed, match=r"during sampling: RuntimeError: CUDA out of memory.*saved as it was after step 2"
+    ):
         train(small(folder, checkpoint__every=0), tmp_path / "broken", console=QUIET)
     monkeypatch.undo()
     resumed = train(small(folder, checkpoint__every=0), tmp_path / "broken", resume=True, console=QUIET)
@@ -133,7 +135,9 @@ def test_a_killed_engine_process_ends_the_run_with_the_cause_and_no_hang(folder,
     assert "--resume" in text
     done = len(metrics.read_text().splitlines())
     assert (out / f"checkpoints/step-{done:06d}/state.json").exists()
-    subprocess.run([*command, f"steps={done + 1}", "--resume"], check=True, capture_output=True, timeout=200, env=environment)
+    subprocess.run(
+        [*command, f"steps={done + 1}", "--resume"], check=True, capture_output=True, timeout=200, env=environment
+    )
     assert [row["step"] for row in rows(out)] == list(range(1, done + 2))
 
 

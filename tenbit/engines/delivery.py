@@ -6,9 +6,9 @@
     compare(sent, [report])                           in the trainer's; raises Undelivered, naming the tensor
 
 A loader may fuse tensors (q, k and v into one), cut them (tensor parallelism), or defer the copy. `Arrivals` therefore
-does not ask the loader: it watches the copies themselves, by a dispatch mode, and follows a tensor that was sent into the
-memory that the model computes with. There its bits are read back. Where an engine replaces the memory by a packed layout of
-its own (vLLM on CPUs), the last readable copy is taken, and the canary of `tenbit/canary.py` proves the rest.
+does not ask the loader: it watches the copies themselves, by a dispatch mode, and follows a tensor that was sent into
+the memory that the model computes with. There its bits are read back. Where an engine replaces the memory by a packed
+layout of its own (vLLM on CPUs), the last readable copy is taken, and the canary of `tenbit/canary.py` proves the rest.
 
 The checksum is a sum of (bits of element p) x w(p) modulo 2^64, with odd pseudo-random weights w over the positions in
 the tensor *as sent*. So one changed element is always seen, whatever the change (an odd number is invertible), moved
@@ -188,7 +188,7 @@ class Arrivals(TorchDispatchMode):
         known = self._sent.get(_storage(source))
         if known is not None:
             name, _ = known
-            part = (tuple(source.shape), tuple(source.stride()), source.storage_offset())
+            part = (tuple(source.shape), tuple(source.stride()), int(source.storage_offset()))
             if source.shape != target.shape:  # broadcast while copying: not a plain installation
                 return
             self._at.setdefault(_storage(target), []).append(_Landing(name, part, target, target.dtype))

@@ -4,8 +4,8 @@
         engine.load_weights(precision.to_engine(backend.weights()), version=0)
         completions = engine.generate([Prompt(ids, seed=0)], Sampling(max_tokens=128))
 
-It starts with random weights, made from the configuration that the trainer has in memory, so the only weights it can ever
-sample from are those it was sent. They are installed in the live engine without touching the disk, every tensor's
+It starts with random weights, made from the configuration that the trainer has in memory, so the only weights it can
+ever sample from are those it was sent. They are installed in the live engine without touching the disk, every tensor's
 checksum is read back (`delivery.py`), and the prefix cache is emptied, which is tried out, not assumed.
 
 Token ids go in and come out; there is no tokenizer inside. Log-probabilities are those of the distribution that was
@@ -49,7 +49,7 @@ class VllmEngine:
         self.precision, self.version = precision, None
         self._spec = rollout.vllm
         self._context = min(longest or model.context, model.context)
-        self._vocabulary = model.module.get_input_embeddings().weight.shape[0]
+        self._vocabulary = model.vocabulary
         self._names = {name: t.shape for name, t in model.module.state_dict().items()}
         self._tied = _tied(model)
         self._gpu = model.device.type == "cuda"
@@ -163,7 +163,7 @@ class VllmEngine:
         kept = self._marker()
         if not emptied or kept:
             raise Undelivered(
-                f"weight update: the prefix cache was not emptied ({kept} tokens of the probe prompt were still in it): "
+                f"weight update: the prefix cache was not emptied ({kept} tokens of a trial prompt were still there): "
                 "responses would mix keys and values of old weights with the new ones. Set "
                 "rollout.vllm.options.enable_prefix_caching = false"
             )
@@ -249,8 +249,8 @@ class VllmEngine:
             broken = ~drawn[i].logp.isfinite()
             if not bool(logp[broken].isfinite().all()):
                 raise Overflow(
-                    f"prompt {i}: vLLM gave tokens that it drew a probability of zero. Weights or activations have most "
-                    "likely overflowed the rollout format: set precision to 'bf16' or 'fp32'"
+                    f"prompt {i}: vLLM gave tokens that it drew a probability of zero. Weights or activations have "
+                    "most likely overflowed the rollout format: set precision to 'bf16' or 'fp32'"
                 )
             fixed = torch.where(broken, logp, drawn[i].logp)
             drawn[i] = Completion(**{**vars(drawn[i]), "logp": fixed, "repaired": int(broken.sum())})
@@ -357,7 +357,7 @@ def _start(model: Model, precision: Precision, rollout: RolloutSpec, seed: int, 
         config.save_pretrained(folder)
         told = arguments(folder, model, precision, rollout, seed, context)
         try:
-            import vllm
+            import vllm  # pyright: ignore[reportMissingImports]
 
             return vllm.LLM(**told), vllm.SamplingParams
         except Exception as error:  # of a dozen kinds, of which the text is what helps

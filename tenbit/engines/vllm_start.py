@@ -19,7 +19,8 @@ PREFILL_TOKENS = 4096  # prompts that are read together
 _OURS = (  # set by the recipe's other keys: two places could disagree
     "model", "dtype", "seed", "max_model_len", "max_num_seqs", "logprobs_mode", "skip_tokenizer_init", "load_format",
     "worker_extension_cls", "generation_config", "enforce_eager", "kv_cache_memory_bytes", "gpu_memory_utilization",
-    "enable_chunked_prefill", "max_num_batched_tokens", "enable_sleep_mode", "hf_overrides", "kv_cache_dtype", "quantization",
+    "enable_chunked_prefill", "max_num_batched_tokens", "enable_sleep_mode", "hf_overrides",
+    "kv_cache_dtype", "quantization",
 )  # fmt: skip
 
 
@@ -30,6 +31,8 @@ def environment(own_process: bool) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would win over rollout.vllm.cache_gib
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
+    # bound to cores, vLLM's threads share what is left with the trainer's: ten times slower on two cores
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # scoring a response that fills the context asks for one token more, which is never computed with
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 

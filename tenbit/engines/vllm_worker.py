@@ -1,7 +1,7 @@
 """What tenbit adds to vLLM's worker: weights installed under watch, and scores of the sampled distribution.
 
-vLLM mixes this class into its worker (`worker_extension_cls`), in whatever process that runs, and `VllmEngine` calls its
-methods by name (`collective_rpc`). It touches vLLM only through the worker that it is part of.
+vLLM mixes this class into its worker (`worker_extension_cls`), in whatever process that runs, and `VllmEngine` calls
+its methods by name (`collective_rpc`). It touches vLLM only through the worker that it is part of.
 """
 
 from __future__ import annotations

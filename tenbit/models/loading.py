@@ -36,6 +36,12 @@ class Model:
     context: int
     device: torch.device
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the embedding has; ids run below it. Tokenizers may have fewer."""
+        embedding: Any = self.module.get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
 
 def resolve_device(name: str) -> torch.device:
     """'auto' -> CUDA where there is one. Raises ValueError for a device that is not there."""

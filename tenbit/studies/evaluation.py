@@ -41,8 +41,9 @@ from tenbit.precision import Precision
 from tenbit.prompts import Asked
 from tenbit.rollout import Policy
 from tenbit.runlog import write_atomic
-from tenbit.studies.evaluation_plan import Plan, fit, said_in_options
+from tenbit.studies.evaluation_plan import OPTIONS, Plan, fit
 from tenbit.studies.evaluation_scores import Rows, show, summarise
+from tenbit.studies.options import said_in_options
 from tenbit.tasks.grading import open_grader
 
 RESPONSES_A_CHUNK = 512  # about so many, where the plan does not say: few enough to lose, enough to fill an engine
@@ -214,7 +215,7 @@ def run(plan: Plan, out: Path | None = None, *, resume: bool = False, console: C
     """
     console = console or default_console()
     folder = choose_folder(plan.recipe, out, resume)
-    with said_in_options():
+    with said_in_options(OPTIONS):
         model = loading.load(plan.recipe.model, plan.recipe.rollout.stop_tokens)
     plan, sets = fit(plan, model)
     settings = settings_of(plan, sets, model)

@@ -9,15 +9,15 @@ scores what the run's last evaluation scored.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tenbit.models import loading
 from tenbit.prompts import Asked, ask, set_name
-from tenbit.recipe import Recipe, _override
+from tenbit.recipe import Recipe, override
+from tenbit.studies.options import said_in_options
 
 LONGEST = 8192  # the token budget where nothing says otherwise, or what the model's context leaves
 SAMPLES = 8
@@ -52,18 +52,6 @@ OPTIONS = {
     "task.grader": "--grader",
     "model.path": "MODEL",
 }
-
-
-@contextmanager
-def said_in_options() -> Iterator[None]:
-    """Messages about keys that options have set speak of the options."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        for key, option in OPTIONS.items():
-            text = re.sub(rf"(?<![\w.-]){re.escape(key)}(?![\w.])", option, text)
-        raise ValueError(text) from error
 
 
 def make_plan(
@@ -109,11 +97,11 @@ def make_plan(
     _put(tree, given)
     budgets = _budgets(max_tokens if max_tokens is not None else tree["eval"].get("max_tokens"))
     tree["rollout"]["max_tokens"] = tree["eval"]["max_tokens"] = budgets[-1] if budgets else LONGEST
-    with said_in_options():
+    with said_in_options(OPTIONS):
         if not tree["eval"].get("data"):
             raise ValueError("--data: name a set: a shipped one (arithmetic_test, math500, aime24, ...) or a file")
         for item in overrides:
-            _override(tree, item)
+            override(tree, item)
         recipe = Recipe.of(tree, "tenbit evaluate")
         names = [set_name(source) for source in recipe.eval.data]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -176,7 +164,7 @@ def fit(plan: Plan, model: loading.Model) -> tuple[Plan, dict[str, list[Asked]]]
     task = recipe.task.model_copy(update={k: v for k, v in own.items() if v is not None})
     asking = recipe.model_copy(update={"task": task})
     unbounded = -(1 << 62)  # the room is measured below, where the message can name this command's option
-    with said_in_options():
+    with said_in_options(OPTIONS):
         sets = {set_name(s): ask(s, asking, model, unbounded, recipe.eval.limit) for s in recipe.eval.data}
     longest = max((a for asked in sets.values() for a in asked), key=lambda a: len(a.ids))
     room = model.context - len(longest.ids)

@@ -10,8 +10,7 @@ run's data, template and sampling unless an option says otherwise. A message nam
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 from tenbit.models import loading
 from tenbit.precision import Precision
 from tenbit.prompts import Asked, ask
-from tenbit.recipe import Recipe, _override
+from tenbit.recipe import Recipe, override
+from tenbit.studies.options import said_in_options
 
 PROMPTS, SAMPLES = 32, 4
 LONGEST = 1024  # tokens of a response where nothing says otherwise, or half of the model's context
@@ -47,7 +47,7 @@ class Plan:
 
     def open(self) -> tuple[loading.Model, list[Asked], Plan]:
         """Loads model and problems. Raises ValueError for what does not fit together."""
-        with said_in_options():
+        with said_in_options(OPTIONS):
             model = loading.load(self.recipe.model, self.recipe.rollout.stop_tokens)
             plan = self if self.longest_given else self.with_longest(min(LONGEST, model.context // 2))
             task, longest = plan.recipe.task, plan.recipe.rollout.max_tokens
@@ -57,18 +57,6 @@ class Plan:
     def with_longest(self, tokens: int) -> Plan:
         rollout = self.recipe.rollout.model_copy(update={"max_tokens": max(1, tokens)})
         return replace(self, recipe=self.recipe.model_copy(update={"rollout": rollout}))
-
-
-@contextmanager
-def said_in_options() -> Iterator[None]:
-    """Messages about keys that options have set speak of the options."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        for key, option in OPTIONS.items():
-            text = re.sub(rf"(?<![\w.-]){re.escape(key)}(?![\w.])", option, text)
-        raise ValueError(text) from error
 
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:
@@ -126,11 +114,11 @@ def make_plan(
     for section, values in given.items():
         (tree[section] if section else tree).update({k: v for k, v in values.items() if v is not None})
     for item in overrides:
-        _override(tree, item)
+        override(tree, item)
     longest_given = "max_tokens" in tree["rollout"]
     tree["rollout"].setdefault("max_tokens", LONGEST)
     precisions = parse_precisions(precision or PRECISIONS)
-    with said_in_options():
+    with said_in_options(OPTIONS):
         recipe = Recipe.of(tree, "tenbit probe")
         return Plan(recipe, precisions, longest_given)
 

@@ -27,8 +27,9 @@ from tenbit.report.probe_screen import show
 from tenbit.report.probe_words import verdict
 from tenbit.runlog import write_atomic
 from tenbit.studies import probe as study_of
+from tenbit.studies.options import said_in_options
 from tenbit.studies.probe import Pair, Study, chosen_prompts
-from tenbit.studies.probe_plan import Plan, make_plan, said_in_options
+from tenbit.studies.probe_plan import OPTIONS, Plan, make_plan
 from tenbit.studies.probe_rows import Recorded, read_rows, write_rows
 from tenbit.types import Overflow
 
@@ -92,7 +93,7 @@ def run(plan: Plan, out: Path | None, attribute: bool, console: Console) -> Stud
         study.notes.append(f"{recipe.task.data} has only {len(asked)} problems; --prompts asked for more")
     make_folder(folder)
     note = _noter(console)
-    with said_in_options():
+    with said_in_options(OPTIONS):
         found = study_of.probe(study, recipe, model, plan.precisions, prompts, note)
         _collect(study, found, folder, [p.name for p in plan.precisions])
     if attribute:
@@ -119,7 +120,7 @@ def run_recorded(
     folder = free_folder(out)
     model = None
     if plan is not None:
-        with said_in_options():
+        with said_in_options(OPTIONS):
             model = loading.load(plan.recipe.model, plan.recipe.rollout.stop_tokens)
     read = read_rows(rows_file, _vocabulary(model) if model else None, limit)
     lacking = sum(r.logp_train is None for r in read.rows)
