@@ -26,6 +26,7 @@ FLOORS: list[set[str]] = [
     {"recipe", "models", "tasks"},
     {"engines", "backends"},
     {
+        "canary",
         "rollout",
         "loop",
         "checkpoint",

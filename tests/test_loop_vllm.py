@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_a_killed_engine_process_ends_the_run_with_the_cause_and_no_hang(folder,
         reader.join(timeout=10)
     text = "".join(said)
     assert run.returncode == 1
-    assert "tenbit: vLLM stopped working during" in text
+    assert re.search(r"tenbit: vLLM stopped working during \w.*: its process \d+ was killed by SIGKILL", text)
     assert "The run is saved as it was after step" in text
     assert "--resume" in text
     done = len(metrics.read_text().splitlines())

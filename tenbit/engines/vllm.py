@@ -31,6 +31,7 @@ from torch import Tensor
 from tenbit.engines import sampling as sampler
 from tenbit.engines.delivery import Report, Sent, checksum, compare
 from tenbit.engines.vllm_start import arguments, captured_errors, environment, explain
+from tenbit.engines.vllm_watch import Watch
 from tenbit.models.loading import Model
 from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
@@ -56,6 +57,7 @@ class VllmEngine:
         self._asleep = False
         self._installed: list[Report] = []
         self._llm, self._params = _start(model, precision, rollout, seed, self._context)
+        self._watch = Watch(self._llm.llm_engine.engine_core) if self._spec.own_process else None
         if not self._spec.own_process:
             _in_this_process.add(self)
         self._config = self._llm.llm_engine.vllm_config
@@ -316,9 +318,9 @@ class VllmEngine:
             raise
         except Exception as error:
             self.version = None
-            raise EngineFailed(
-                f"vLLM stopped working during {doing}: {type(error).__name__}: {_cause(error)}"
-            ) from error
+            ended = self._watch.cause if self._watch is not None else None
+            why = ended or f"{type(error).__name__}: {_cause(error)}"
+            raise EngineFailed(f"vLLM stopped working during {doing}: {why}") from error
 
     def close(self) -> None:
         """Stops vLLM and frees its memory. The engine cannot be used afterwards."""
@@ -326,6 +328,8 @@ class VllmEngine:
         llm = self.__dict__.pop("_llm", None)
         if llm is None:
             return
+        if self._watch is not None:
+            self._watch.close()
         _in_this_process.discard(self)
         with contextlib.suppress(Exception):  # it may have died already
             if self._spec.own_process or not _in_this_process:
