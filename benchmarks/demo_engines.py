@@ -2,8 +2,8 @@
 
     python benchmarks/demo_engines.py [--torch RUN] [--vllm RUN]
 
-Runs recipes/demo.toml once with each engine, or reads run folders that are finished. The same seed draws other tokens in
-vLLM, so the curves are two samples of the same experiment, not the same curve. Writes results/demo_engines.json.
+Runs recipes/demo.toml once with each engine, or reads run folders that are finished. The same seed draws other tokens
+in vLLM, so the curves are two samples of the same experiment, not the same curve. Writes results/demo_engines.json.
 """
 
 from __future__ import annotations

@@ -458,3 +458,20 @@ def test_recipes_take_the_engine_and_its_keys():
     assert Recipe.of(tree).rollout.vllm.cache_gib == 2.0
     with pytest.raises(ValueError, match=r"rollout.vllm.cache"):
         Recipe.of({"steps": 1, "rollout": {"max_tokens": 8, "vllm": {"cache": 2.0}}})
+
+
+@pytest.mark.gpu
+def test_memory_is_given_back_while_the_trainer_trains(load):
+    """vLLM's sleep and wake around an update, on the GPU that both sides share."""
+    model = load("llama")
+    with opened(model, "fp16", cache_gib=2.0) as engine:
+        send(engine, model, "fp16")
+        (before,) = engine.generate([Prompt((1, 2, 3), 0)], Sampling(8))
+        free = torch.cuda.mem_get_info()[0]
+        engine.rest()
+        assert torch.cuda.mem_get_info()[0] > free + 2**30
+        with pytest.raises(ValueError, match="asleep"):
+            engine.generate([Prompt((1, 2, 3), 0)], Sampling(8))
+        send(engine, model, "fp16", version=1)
+        (after,) = engine.generate([Prompt((1, 2, 3), 0)], Sampling(8))
+        assert before.response_ids == after.response_ids

@@ -1,7 +1,7 @@
 """Notices that vLLM's own process has ended, and wakes whoever waits for it.
 
-vLLM's synchronous client waits on a queue that a killed process (SIGKILL, out of memory) will never fill, so a run would
-hang. A thread waits for the process instead, and then puts an error into everything the client may be waiting for.
+vLLM's synchronous client waits on a queue that a killed process (SIGKILL, out of memory) will never fill, so a run
+would hang. A thread waits for the process, and then puts an error into everything the client may be waiting for.
 """
 
 from __future__ import annotations
