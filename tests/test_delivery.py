@@ -242,3 +242,15 @@ def test_parts_on_several_workers_add_up_and_replicas_must_agree():
         compare(before, [worker(0), worker(0)], {})
     with pytest.raises(Undelivered, match="'norm': two workers hold different copies"):
         compare(before, [worker(0), worker(1, spoil=True)], {})
+
+
+def test_checksum_of_more_than_is_summed_at_once():
+    """40 blocks: the sums of two parts, each small enough to be taken at once, are the sum of the whole."""
+    block = 1 << 18
+    values = torch.randn(40 * block + 3, generator=torch.Generator().manual_seed(0)).half()
+    cut = 17 * block
+    first, second = values[:cut], values[cut:]
+    whole = checksum(first) + checksum(second, ((len(second),), (1,), cut))
+    assert checksum(values) == whole % 2**64
+    values[33 * block + 5] += 1
+    assert checksum(values) != whole % 2**64

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tenbit.types import Undelivered
 
 _BLOCK = 1 << 18  # elements that are summed at a time; also the period of the table of weights
+_TOGETHER = 32  # blocks, so that a GPU is not kept waiting
 _GOLDEN, _MIX = -7046029254386353131, -4658895280553007687  # SplitMix64's constants, as signed 64-bit integers
 _MASK = (1 << 64) - 1
 _tables: dict[torch.device, Tensor] = {}
@@ -97,11 +98,16 @@ def checksum(tensor: Tensor, part: Part | None = None) -> int:
     if first % _BLOCK:
         assert part is not None
         return _scattered(flat, part)
-    total = 0
-    for start in range(0, flat.numel(), _BLOCK):
-        block = flat[start : start + _BLOCK]
-        total += int((block.long() * table[: block.numel()]).sum()) * _turn((first + start) // _BLOCK)
-    return total & _MASK
+    total = torch.zeros((), dtype=torch.long, device=flat.device)  # 64-bit integers wrap, which is the modulus
+    for start in range(0, flat.numel(), _TOGETHER * _BLOCK):
+        some = flat[start : start + _TOGETHER * _BLOCK]
+        whole = some.numel() // _BLOCK
+        turns = 2 * torch.arange(whole + 1, device=flat.device) + (2 * ((first + start) // _BLOCK) + 1)
+        blocks = some[: whole * _BLOCK].view(whole, _BLOCK)
+        total += ((blocks.long() * table).sum(-1) * turns[:whole]).sum()
+        rest = some[whole * _BLOCK :]
+        total += (rest.long() * table[: rest.numel()]).sum() * turns[whole]
+    return int(total) & _MASK
 
 
 def _scattered(flat: Tensor, part: Part) -> int:
@@ -124,10 +130,6 @@ def _table(device: torch.device) -> Tensor:
         x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX
         _tables[device] = (x ^ ((x >> 31) & 0x1FFFFFFFF) | 1).to(device)
     return _tables[device]
-
-
-def _turn(block: int) -> int:
-    return 2 * block + 1
 
 
 def _in_order(part: Part) -> bool:

@@ -55,6 +55,8 @@ class VllmEngine:
         self._tied = _tied(model)
         self._gpu = model.device.type == "cuda"
         self._asleep = False
+        parts = (self._spec.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        self._remote = self._spec.own_process or any(n != 1 for n in parts)  # workers in processes of their own
         self._installed: list[Report] = []
         self._llm, self._params = _start(model, precision, rollout, seed, self._context)
         self._watch = Watch(self._llm.llm_engine.engine_core) if self._spec.own_process else None
@@ -142,9 +144,9 @@ class VllmEngine:
         return []
 
     def _install(self, named: Iterator[tuple[str, Tensor]]) -> list[Report]:
-        if not self._spec.own_process:
+        if not self._remote:
             return [Report.of(r) for r in self._llm.collective_rpc("tenbit_install", args=(named,))]
-        # Another process: shared memory, which is memory and not the disk
+        # Another process: through shared memory, which is memory and not the disk
         where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         with tempfile.NamedTemporaryFile(dir=where, prefix="tenbit-weights-") as file:
             save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in named}, file.name)
