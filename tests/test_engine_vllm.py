@@ -151,6 +151,18 @@ def test_a_response_is_a_function_of_its_seed(qwen):
     )
 
 
+def test_scores_are_computed_anew_and_not_read_from_the_cache(qwen, monkeypatch):
+    _, engine = qwen
+    (drawn,) = engine.generate([Prompt(tuple(range(200)), 0)], Sampling(8))
+    (again,) = engine._generate("a test", [{"prompt_token_ids": list(drawn.prompt_ids)}], engine._asked(Sampling(1)))
+    assert again.num_cached_tokens >= 128  # so there is something that could be read
+    seen = []
+    generate = engine._generate
+    monkeypatch.setattr(engine, "_generate", lambda *args: seen.extend(out := generate(*args)) or out)
+    engine.score([(drawn.prompt_ids, drawn.response_ids)], Sampling(8))
+    assert [out.num_cached_tokens or 0 for out in seen] == [0]
+
+
 def test_greedy_is_the_argmax_with_probability_one(qwen):
     model, engine = qwen
     (drawn,) = engine.generate([Prompt((5, 6, 7), 0)], Sampling(8, temperature=0.0))
@@ -438,19 +450,46 @@ def test_two_engines_live_side_by_side_and_one_may_go(load):
         assert torch.equal(before.logp, after.logp)
 
 
-def test_whatever_vllm_dies_of_becomes_one_error_with_its_cause(load, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, MemoryError])
+def test_whatever_vllm_dies_of_becomes_one_error_with_its_cause(load, monkeypatch, kind):
     model = load("llama")
     with opened(model) as engine:
         send(engine, model)
 
         def dies(*args, **kwargs):
-            raise RuntimeError("CUDA error: device-side assert triggered")
+            raise kind("CUDA error: device-side assert triggered")
 
         monkeypatch.setattr(worker_of(engine).model_runner, "execute_model", dies)
-        with pytest.raises(EngineFailed, match="during sampling: RuntimeError: CUDA error: device-side assert"):
+        with pytest.raises(EngineFailed, match=f"during sampling: {kind.__name__}: CUDA error: device-side"):
             engine.generate(some_prompts(2), Sampling(4))
+        monkeypatch.undo()  # its requests are still in there: they would go on in the next call
         with pytest.raises(ValueError, match="no weights"):
             engine.generate(some_prompts(2), Sampling(4))
+        with pytest.raises(EngineFailed, match="not called again"):
+            send(engine, model)
+
+
+def test_architectures_that_vllm_runs_through_the_trainers_own_classes_want_a_process(tmp_path):
+    from transformers import AutoModelForCausalLM, Olmo2Config, set_seed
+
+    set_seed(0)
+    sizes = {**SIZES, **HEADS, "num_hidden_layers": 1}
+    AutoModelForCausalLM.from_config(Olmo2Config(**sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'olmo2' through transformers' own classes.*own_process = true"):
+        opened(loading.load(ModelSpec(path=str(tmp_path))))
+
+
+def test_what_is_wrong_with_a_format_is_said(tmp_path):
+    from transformers import AutoModelForCausalLM, Gemma2Config, set_seed
+
+    set_seed(0)
+    sizes = {**SIZES, **HEADS, "head_dim": 32, "num_hidden_layers": 1}
+    AutoModelForCausalLM.from_config(Gemma2Config(**sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = loading.load(ModelSpec(path=str(tmp_path), attention="eager"))
+    with pytest.raises(ValueError, match=r"could not be started for 'gemma2': .*float16"):
+        opened(model, "fp16")
 
 
 def test_recipes_take_the_engine_and_its_keys():

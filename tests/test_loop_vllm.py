@@ -142,6 +142,28 @@ def test_a_killed_engine_process_ends_the_run_with_the_cause_and_no_hang(folder,
     assert [row["step"] for row in rows(out)] == list(range(1, done + 2))
 
 
+@pytest.mark.parametrize("own_process", [True, False])
+def test_ctrl_c_finishes_the_step_and_saves_it(folder, tmp_path, own_process):
+    """A terminal sends it to every process of the run: the engine's must not take it for its own."""
+    own = {**VLLM, "max_tokens": 100, "vllm": {"cache_gib": 0.1, "own_process": own_process}}
+    chosen = recipe(folder, rollout=own, precision="fp16", steps=200, checkpoint__every=0)
+    file, out = tmp_path / "recipe.toml", tmp_path / "run"
+    chosen.dump(file)
+    command = [sys.executable, "-m", "tenbit", "train", str(file), "--out", str(out)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as run:  # fmt: skip
+        metrics = out / "metrics.jsonl"
+        said = []
+        threading.Thread(target=lambda: said.extend(run.stdout), daemon=True).start()
+        wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 200)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(timeout=60) == 130, "".join(said)[-2000:]
+    done = len(metrics.read_text().splitlines())
+    assert (out / f"checkpoints/step-{done:06d}/state.json").exists()
+
+
 def named(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return f"{process.name()} {' '.join(process.cmdline())}"

@@ -158,17 +158,22 @@ class Arrivals(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._sent: dict[int, tuple[str, Tensor]] = {}
+        self._left: dict[int, int] = {}  # elements that have not landed yet
         self._at: dict[int, list[_Landing]] = {}
         self._repacked: set[int] = set()
 
     def watch(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Passes weights on and remembers them by their storage, which stays alive until the mode is dropped."""
+        """Passes weights on and remembers them by their storage, until they have landed."""
         for name, tensor in named:
             own = tensor.contiguous()
             if own.untyped_storage().nbytes() != own.numel() * own.element_size() or _storage(own) in self._sent:
                 own = own.clone()  # a view into something larger, or a tied weight under its second name
-            self._sent[_storage(own)] = (name, own)
+            self._remember(name, own)
             yield name, own
+
+    def _remember(self, name: str, tensor: Tensor) -> None:
+        self._sent[_storage(tensor)] = (name, tensor)
+        self._left[_storage(tensor)] = tensor.numel()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -182,7 +187,7 @@ class Arrivals(TorchDispatchMode):
         """Another device or format on the way, or after it (vLLM's packed layers hold their biases in FP32)."""
         known = self._sent.get(_storage(source))
         if known is not None and source.numel() == known[1].numel() and out.is_contiguous():
-            self._sent[_storage(out)] = (known[0], out)
+            self._remember(known[0], out)
         elif _storage(source) in self._at:
             self._follow(out, source, leaves=False)
 
@@ -194,8 +199,16 @@ class Arrivals(TorchDispatchMode):
             if source.shape != target.shape:  # broadcast while copying: not a plain installation
                 return
             self._at.setdefault(_storage(target), []).append(_Landing(name, part, target, target.dtype))
+            self._release(source, target.numel())
             return
         self._follow(target, source, leaves=True)
+
+    def _release(self, source: Tensor, numel: int) -> None:
+        """Forgets a sent tensor that has landed whole, so that its memory can go before the next ones come."""
+        storage = _storage(source)
+        self._left[storage] -= numel
+        if self._left[storage] <= 0:
+            del self._sent[storage], self._left[storage]
 
     def _follow(self, target: Tensor, source: Tensor, leaves: bool) -> None:
         """What landed in `source` is now in `target` too; it `leaves` if the loader gives up the source."""

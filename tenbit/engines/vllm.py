@@ -19,8 +19,7 @@ import contextlib
 import copy
 import gc
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,14 +29,26 @@ from torch import Tensor
 
 from tenbit.engines import sampling as sampler
 from tenbit.engines.delivery import Report, Sent, checksum, compare
-from tenbit.engines.vllm_start import arguments, captured_errors, environment, explain
+from tenbit.engines.vllm_start import (
+    arguments,
+    captured_errors,
+    deaf_children,
+    environment,
+    explain,
+    root_cause,
+    shared_file,
+    tied_names,
+)
 from tenbit.engines.vllm_watch import Watch
 from tenbit.models.loading import Model
 from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
 from tenbit.types import Completion, EngineFailed, Overflow, Prompt, Sampling, Undelivered
 
-SHARED_MEMORY = Path("/dev/shm")
+_NOT_FOLLOWED = (
+    ". This was the first update: vLLM's loader may do something with this architecture that is not known here. "
+    "rollout.engine = 'torch' knows them all"
+)
 _in_this_process: set[VllmEngine] = set()
 
 
@@ -52,23 +63,34 @@ class VllmEngine:
         self._context = min(longest or model.context, model.context)
         self._vocabulary = model.vocabulary
         self._names = {name: t.shape for name, t in model.module.state_dict().items()}
-        self._tied = _tied(model)
+        self._tied = tied_names(model)
         self._gpu = model.device.type == "cuda"
         self._asleep = False
         parts = (self._spec.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
         self._remote = self._spec.own_process or any(n != 1 for n in parts)  # workers in processes of their own
         self._installed: list[Report] = []
+        self._dead: str | None = None
         self._llm, self._params = _start(model, precision, rollout, seed, self._context)
         self._watch = Watch(self._llm.llm_engine.engine_core) if self._spec.own_process else None
         if not self._spec.own_process:
             _in_this_process.add(self)
         self._config = self._llm.llm_engine.vllm_config
         self._block = int(self._config.cache_config.block_size)
-        self._refuse_differences()
+        try:
+            self._refuse_differences()
+        except ValueError:
+            self.close()
+            raise
 
     def _refuse_differences(self) -> None:
         """What vLLM made of its arguments, held against the plan. Raises ValueError naming the part."""
         made = self._config.model_config
+        if not self._remote and ".transformers" in self._llm.collective_rpc("tenbit_model_module")[0]:
+            raise ValueError(
+                f"rollout.engine = 'vllm': vLLM runs {made.hf_config.model_type!r} through transformers' own classes, "
+                "and changes them for the trainer, too, when both are in one process. Set rollout.vllm.own_process = "
+                "true, or rollout.engine = 'torch'"
+            )
         wanted = {
             "dtype": (made.dtype, self.precision.rollout.dtype),
             "head's dtype": (made.head_dtype, self.precision.head_dtype("rollout")),
@@ -94,20 +116,23 @@ class VllmEngine:
         Undelivered if the engine holds anything else than was sent; it then refuses to sample until a load succeeds.
         """
         self.version = None
-        with self._alive("a weight update"):
-            self._wake("weights")
-            if not self._asleep and self._installed:
-                self._marker()  # fills the cache under the old weights, for the trial below
-            sent: dict[str, Sent] = {}
-            refused: list[Exception] = []
-            installed, self._installed = self._install(self._checked(named_tensors, sent, refused)), []
-            if refused:
-                raise refused[0]
-            self._refuse_gaps(sent)
+        first = not self._installed
+        self._wake("weights")
+        if not self._asleep and not first:
+            self._marker()  # fills the cache under the old weights, for the trial below
+        sent: dict[str, Sent] = {}
+        refused: list[Exception] = []
+        installed = self._install(self._checked(named_tensors, sent, refused))
+        if refused:
+            raise refused[0]
+        self._refuse_gaps(sent)
+        try:
             compare(sent, installed, self._tied)
-            self._wake("kv_cache")
-            self._asleep = False
-            self._forget()
+        except Undelivered as error:
+            raise Undelivered(f"{error}{_NOT_FOLLOWED}") from None if first else error
+        self._wake("kv_cache")
+        self._asleep = False
+        self._forget()
         self._installed = installed
         self.version = version
 
@@ -144,13 +169,13 @@ class VllmEngine:
         return []
 
     def _install(self, named: Iterator[tuple[str, Tensor]]) -> list[Report]:
+        doing = "a weight update"
         if not self._remote:
-            return [Report.of(r) for r in self._llm.collective_rpc("tenbit_install", args=(named,))]
-        # Another process: through shared memory, which is memory and not the disk
-        where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        with tempfile.NamedTemporaryFile(dir=where, prefix="tenbit-weights-") as file:
-            save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in named}, file.name)
-            return [Report.of(r) for r in self._llm.collective_rpc("tenbit_install_file", args=(file.name,))]
+            return [Report.of(r) for r in self._call(doing, self._llm.collective_rpc, "tenbit_install", args=(named,))]
+        with shared_file() as file:
+            save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in named}, file)
+            found = self._call(doing, self._llm.collective_rpc, "tenbit_install_file", args=(str(file),))
+            return [Report.of(r) for r in found]
 
     def _refuse_gaps(self, sent: Mapping[str, Sent]) -> None:
         missing = [n for n in self._names if n not in sent and self._tied.get(n) not in sent]
@@ -163,7 +188,7 @@ class VllmEngine:
 
     def _forget(self) -> None:
         """Empties the prefix cache, then asks for a prompt that was in it: none of it may come from there."""
-        emptied = self._llm.reset_prefix_cache()
+        emptied = self._call("a weight update", self._llm.reset_prefix_cache)
         kept = self._marker()
         if not emptied or kept:
             raise Undelivered(
@@ -177,20 +202,20 @@ class VllmEngine:
         length = min(2 * self._block + 1, self._context - 1)
         ids = [(7 * i) % self._vocabulary for i in range(length)]
         asked = self._params(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
-        (out,) = self._llm.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)
+        (out,) = self._generate("a weight update", [{"prompt_token_ids": ids}], asked)
         return int(out.num_cached_tokens or 0)
 
     def rest(self) -> None:
         """Gives the GPU's memory back until the next `load_weights`; on a CPU there is nothing to give back."""
         if self._gpu and self._spec.sleep and not self._asleep:
             self.version = None
-            with self._alive("going to sleep"):
-                self._llm.sleep(level=2)  # the weights will be sent anew, so they need not be kept
+            # the weights will be sent anew, so they need not be kept
+            self._call("going to sleep", self._llm.sleep, level=2)
             self._asleep = True
 
     def _wake(self, what: str) -> None:
         if self._asleep:
-            self._llm.wake_up(tags=[what])
+            self._call("waking up", self._llm.wake_up, tags=[what])
 
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
         """What was installed last, as empty tensors of its shape and dtype: vLLM may pack the values.
@@ -214,8 +239,7 @@ class VllmEngine:
         if not prompts:
             return []
         asked = [self._asked(sampling, seed=p.seed) for p in prompts]
-        with self._alive("sampling"):
-            outs = self._llm.generate([{"prompt_token_ids": list(p.ids)} for p in prompts], asked, use_tqdm=False)
+        outs = self._generate("sampling", [{"prompt_token_ids": list(p.ids)} for p in prompts], asked)
         drawn = [self._completion(p, out.outputs[0], sampling, version) for p, out in zip(prompts, outs, strict=True)]
         return self._repaired(drawn, sampling)
 
@@ -271,14 +295,10 @@ class VllmEngine:
         texts = [{"prompt_token_ids": [*sequences[i][0], *sequences[i][1]]} for i in places]
         if not texts:
             return out
-        with self._alive("scoring"):
-            self._llm.collective_rpc(
-                "tenbit_begin_scoring", args=(sampling.temperature, sampling.top_p, sampling.top_k)
-            )
-            try:
-                scored = self._llm.generate(texts, asked, use_tqdm=False)
-            finally:
-                self._llm.collective_rpc("tenbit_end_scoring")
+        how = (sampling.temperature, sampling.top_p, sampling.top_k)
+        self._call("scoring", self._llm.collective_rpc, "tenbit_begin_scoring", args=how)
+        scored = self._generate("scoring", texts, asked)
+        self._call("scoring", self._llm.collective_rpc, "tenbit_end_scoring")
         for i, result in zip(places, scored, strict=True):
             values = result.prompt_logprobs.logprobs
             out[i] = torch.tensor(values[len(values) - len(sequences[i][1]) :])
@@ -311,18 +331,25 @@ class VllmEngine:
 
     # --- life and death
 
-    @contextlib.contextmanager
-    def _alive(self, doing: str) -> Iterator[None]:
-        """Turns whatever vLLM dies of into one error with its cause. What is ours passes through."""
+    def _generate(self, doing: str, texts: list[Any], asked: Any) -> list[Any]:
+        return self._call(doing, self._llm.generate, texts, asked, use_tqdm=False)
+
+    def _call(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Every call into vLLM: whatever it dies of becomes one error with its cause, and it is not called again.
+
+        An engine that failed half-way, or was stopped by Ctrl-C, keeps requests that would go on in the next call.
+        """
+        if self._dead is not None:
+            raise EngineFailed(f"vLLM is not called again after it stopped working: {self._dead}")
         try:
-            yield
-        except (ValueError, Overflow, EngineFailed, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            self.version = None
+            return function(*args, **kwargs)
+        except BaseException as error:
             ended = self._watch.cause if self._watch is not None else None
-            why = ended or f"{type(error).__name__}: {_cause(error)}"
-            raise EngineFailed(f"vLLM stopped working during {doing}: {why}") from error
+            self.version, self._dead = None, ended or f"{type(error).__name__}: {root_cause(error)}"
+            if not isinstance(error, Exception):
+                raise
+            hint = "" if self._installed else _NOT_FOLLOWED
+            raise EngineFailed(f"vLLM stopped working during {doing}: {self._dead}{hint}") from error
 
     def close(self) -> None:
         """Stops vLLM and frees its memory. The engine cannot be used afterwards."""
@@ -357,7 +384,7 @@ def _start(model: Model, precision: Precision, rollout: RolloutSpec, seed: int, 
     """vLLM with random weights, made from the trainer's own configuration; and its class of sampling parameters."""
     environment(own_process=rollout.vllm.own_process)
     set_threads = torch.set_num_threads  # vLLM's CPU worker puts a function in its place that does nothing
-    with tempfile.TemporaryDirectory(prefix="tenbit-vllm-") as folder, captured_errors() as said:
+    with tempfile.TemporaryDirectory(prefix="tenbit-vllm-") as folder, captured_errors() as said, deaf_children():
         config = copy.deepcopy(model.module.config)
         config.architectures = [type(model.module).__name__]
         config.save_pretrained(folder)
@@ -370,22 +397,3 @@ def _start(model: Model, precision: Precision, rollout: RolloutSpec, seed: int, 
             raise ValueError(explain(error, said(), rollout, model)) from error
         finally:
             torch.set_num_threads = set_threads
-
-
-def _tied(model: Model) -> dict[str, str]:
-    """Names that share one weight in the model: each but the first -> the first."""
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, p in model.module.named_parameters(remove_duplicate=False):
-        if id(p) in first:
-            tied[name] = first[id(p)]
-        first.setdefault(id(p), name)
-    return tied | {other: name for name, other in tied.items()}
-
-
-def _cause(error: BaseException) -> str:
-    """The first error of the chain, in one line: "worker died" alone helps nobody."""
-    while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from tenbit.models.loading import Model
 from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
+from tenbit.types import EngineFailed
 
+SHARED_MEMORY, PREFIX = Path("/dev/shm"), "tenbit-weights-"
 CPU_CACHE_GIB = 1.0
 PREFILL_TOKENS = 4096  # prompts that are read together
 _OURS = (  # set by the recipe's other keys: two places could disagree
@@ -57,6 +64,20 @@ def captured_errors() -> Iterator[Callable[[], str]]:
             sys.stderr.flush()
             os.dup2(before, 2)
             os.close(before)
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started meanwhile never hear Ctrl-C, which a terminal sends to all of them.
+
+    Only the trainer may decide what it means: the step is finished first. A blocked signal stays blocked in children.
+    """
+    resource_tracker.ensure_running()  # starting it later, here or in a child, would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def arguments(
@@ -106,7 +127,9 @@ def explain(error: BaseException, printed: str, rollout: RolloutSpec, model: Mod
         chain.append(before)
     causes = re.findall(r"^.*?\b(?:\w*Error|\w*Exception): (.+)$", printed, re.MULTILINE)
     text = "\n".join([*causes, *map(str, chain)])
-    said = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    lines = [re.sub(r"^Value error, ", "", line.strip()) for line in text.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"\d+ validation errors? for ", line)]
+    said = lines[0] if lines else type(error).__name__
     where = "rollout.engine = 'vllm'"
     if isinstance(error, ImportError):
         return (
@@ -122,9 +145,46 @@ def explain(error: BaseException, printed: str, rollout: RolloutSpec, model: Mod
             f"{where}: the cache has no room for one sequence of the longest prompt and rollout.max_tokens = "
             f"{rollout.max_tokens}: {said}. Raise rollout.vllm.cache_gib (or .memory), or lower rollout.max_tokens"
         )
-    if "memory" in lowered:
+    if re.search(r"out of memory|available memory|free memory|memory .{0,40}(is less|needed|larger|exceed)", lowered):
         return (
             f"{where}: there is not enough memory for the cache: {said}. Lower rollout.vllm.cache_gib (a CPU's, or a "
             "GPU's if set) or rollout.vllm.memory (a GPU's share), or free memory"
         )
     return f"{where} could not be started for {kind!r}: {said}. TENBIT_TRACEBACK=1 shows the whole error"
+
+
+def root_cause(error: BaseException) -> str:
+    """The first error of the chain, in one line: "worker died" alone helps nobody."""
+    while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = before
+    lines = str(error).strip().splitlines()
+    return lines[-1].rstrip(".") if lines else type(error).__name__
+
+
+def tied_names(model: Model) -> dict[str, str]:
+    """Names that share one weight in the model, each with another one of them."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, p in model.module.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            tied[name] = first[id(p)]
+        first.setdefault(id(p), name)
+    return tied | {other: name for name, other in tied.items()}
+
+
+@contextlib.contextmanager
+def shared_file() -> Iterator[Path]:
+    """A file for weights in shared memory, which is memory and not the disk. What killed runs left there is removed."""
+    where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    for left in where.glob(f"{PREFIX}*"):
+        owner = left.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            left.unlink(missing_ok=True)
+    try:
+        with tempfile.NamedTemporaryFile(dir=where, prefix=f"{PREFIX}{os.getpid()}-") as file:
+            yield Path(file.name)
+    except (OSError, SafetensorError) as error:
+        raise EngineFailed(
+            f"weights could not be handed over through {where}: {error}. In a container, give it more shared "
+            "memory (--shm-size), or set rollout.vllm.own_process = false"
+        ) from error

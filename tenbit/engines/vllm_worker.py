@@ -23,6 +23,10 @@ class WorkerExtension:
 
     model_runner: Any
 
+    def tenbit_model_module(self) -> str:
+        """Where vLLM's model comes from: its own classes, or transformers'."""
+        return type(self.model_runner.get_model()).__module__
+
     def tenbit_install(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         """Puts a full state dict in place and says what is where now: `delivery.Report` in plain values."""
         arrivals = Arrivals()
