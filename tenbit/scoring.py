@@ -37,6 +37,8 @@ class Scored:
     response_ids: tuple[int, ...]
     logp_rollout: Tensor
     logp_train: Tensor
+    temperature: float | None = None  # what it was sampled at, where known
+    version: int | None = None  # weight updates the sampler had received, where known
 
     @property
     def length(self) -> int:
@@ -98,7 +100,8 @@ def train_logps(
 def score(recipe: Recipe, model: Model, precision: Precision, completions: Sequence[Completion]) -> list[Scored]:
     """The trainer's log-probabilities next to those that the completions came with."""
     logps = train_logps(model, precision, recipe, [(c.prompt_ids, c.response_ids) for c in completions])
-    return [Scored(c.prompt_ids, c.response_ids, c.logp, logp) for c, logp in zip(completions, logps, strict=True)]
+    heat = recipe.rollout.temperature
+    return [Scored(c.prompt_ids, c.response_ids, c.logp, l, heat) for c, l in zip(completions, logps, strict=True)]
 
 
 def sample_and_score(recipe: Recipe, model: Model, precision: Precision, prompts: Sequence[Prompt]) -> list[Scored]:

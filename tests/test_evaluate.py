@@ -47,7 +47,7 @@ from tenbit.recipe import Recipe
 from tenbit.rollout import Policy
 from tenbit.studies import evaluation
 from tenbit.studies.evaluation_plan import make_plan
-from tenbit.studies.evaluation_scores import verdict
+from tenbit.studies.evaluation_scores import gap_lines, verdict
 from tenbit.tasks.grading import open_grader
 from tenbit.tasks.votes import Ballot, answer_of, classes
 from tenbit.types import Problem, Sampling
@@ -385,12 +385,25 @@ def test_the_numbers_follow_from_the_rows(done):
             assert all(e["low"] <= e["value"] <= e["high"] for e in scores.values())
             assert r[side]["problems"] == 6
             assert r[side]["truncated"] == pytest.approx(np.mean([s["finish"] == "length" for g in groups for s in g]))
+        mine, theirs = ([row for row in read(done, f) if row["max_tokens"] == r["max_tokens"]] for f in files.values())
+        texts = [[s["text"] for row in rows for s in row["samples"]] for rows in (mine, theirs)]
+        assert r["differing"] == {"responses": sum(a != b for a, b in zip(*texts, strict=True)), "of": 24}
         assert set(r["gap"]) == set(r["rollout"]["scores"])
         for name, gap in r["gap"].items():
             assert gap["value"] == pytest.approx(
                 r["train"]["scores"][name]["value"] - r["rollout"]["scores"][name]["value"]
             )
     assert result["policies"] == {"rollout": "torch fp16", "train": "transformers fp16"}
+
+
+def test_the_gap_says_how_many_responses_differ(done):
+    result = json.loads((done / "evaluation.json").read_text())
+    for r in result["results"]:
+        r["differing"] = {"responses": 0, "of": 24}
+    said = "\n".join(line.plain for line in gap_lines(result))
+    assert "0 of 24 responses differ between π and μ: the two are one sample here" in said
+    result["results"][0]["differing"]["responses"] = 7
+    assert "7 of 24 responses differ between π and μ\n" in "\n".join(line.plain for line in gap_lines(result))
 
 
 def same_files(a, b):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -254,11 +255,12 @@ def test_values_that_are_not_numbers_are_kept_for_the_probe_to_count(tmp_path):
 
 def test_rows_come_back_unchanged(tmp_path):
     file = tmp_path / "p.jsonl.gz"
-    scored = responses(20)
-    write_rows(file, scored[:12], "bf16/fp16", 0.8)
-    write_rows(file, scored[12:], "bf16/fp16", 0.8)
+    scored = [replace(s, temperature=0.8 + i % 2, version=i % 3) for i, s in enumerate(responses(20))]
+    write_rows(file, scored[:12], "bf16/fp16")
+    write_rows(file, scored[12:], "bf16/fp16")
     back = read_rows(file).rows
-    assert {(r.precision, r.temperature) for r in back} == {("bf16/fp16", 0.8)}
+    assert {r.precision for r in back} == {"bf16/fp16"}
+    assert [(r.temperature, r.version) for r in back] == [(s.temperature, s.version) for s in scored]
     for a, b in zip(scored, back, strict=True):
         assert (a.prompt_ids, a.response_ids) == (b.prompt_ids, b.response_ids)
         assert torch.equal(a.logp_rollout, b.logp_rollout)
@@ -447,7 +449,7 @@ def test_recorded_rows_with_holes_and_versions_are_noted(tmp_path):
     assert "torn" in notes
     assert "3 versions" in notes
     assert "1 tokens have a log-probability that is NaN" in notes
-    assert set(found["by_version"]) == {"0", "1", "2"}
+    assert set(p["by_version"]) == {"0", "1", "2"}
     for note in found["notes"]:
         assert str(escape(note)) in (tmp_path / "out" / "report.html").read_text()
 

@@ -21,8 +21,10 @@ from tenbit.report.probe_words import LABELS, described, harmless, read, shown, 
 from tenbit.report.words import factor, number, percent, scientific, visible, whole
 from tenbit.runlog import write_atomic
 from tenbit.studies.probe import Pair, Study
+from tenbit.studies.probe_measures import Measure
 
 _HERE = Path(__file__).parent
+MUCH = 1.05  # shares above are not shown as numbers
 
 
 def write_page(study: Study, folder: Path) -> Path:
@@ -63,7 +65,7 @@ def render(study: Study, name: str) -> str:
         by_length=_by_length(study.pairs),
         worst=[(p.name, [_told(row) for row in p.worst(study.tokenizer)]) for p in study.pairs],
         attribution=[(name, _causes(found)) for name, found in study.attribution.items()],
-        versions=study.settings.get("by_version", {}),
+        versions=[(p.name, _versions(p)) for p in study.pairs if p.by_version],
         settings=_settings(study),
         style=Markup((_HERE / "style.css.jinja").read_text(encoding="utf-8").strip()),
     )
@@ -156,14 +158,28 @@ def _told(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _causes(found: Any) -> dict[str, Any]:
+def _versions(pair: Pair) -> list[tuple[str, str, str, str, str]]:
+    """(version, KL, interval, tokens, responses)"""
     rows = []
+    for version, row in pair.by_version.items():
+        value, within = shown(Measure(**row["kl_k3"]), scientific)
+        rows.append((version, value, within, whole(row["tokens"]), whole(row["sequences"])))
+    return rows
+
+
+def _causes(found: Any) -> dict[str, Any]:
+    """Rows of causes that take something off the gap, and of those that do not, which the page folds away."""
+    rows, others = [], []
     for cause in found.rows:
-        share = "–" if cause.share is None else percent(cause.share, 0)
+        carries = cause.share is not None and cause.share > 0
+        # A switch cannot take off more than there is; above 1 is noise, or a gap that others had made smaller.
+        share = "–" if cause.share is None else "over 100%" if cause.share > MUCH else percent(cause.share, 0)
         within = "" if cause.interval is None else f"{percent(cause.interval[0], 0)} to {percent(cause.interval[1], 0)}"
         before, after = ("–" if v is None else scientific(v) for v in (cause.kl_before, cause.kl_after))
-        rows.append((cause.name, cause.what, before, after, share, within, cause.remedy, cause.note))
-    return {"rows": rows, "verdict": found.verdict, "total": scientific(found.total)}
+        remedy = cause.remedy if carries else ""
+        row = (cause.name, cause.what, before, after, share, within, remedy, cause.note)
+        (rows if carries else others).append(row)
+    return {"rows": rows, "others": others, "verdict": found.verdict, "total": scientific(found.total)}
 
 
 def _settings(study: Study) -> list[tuple[str, str]]:

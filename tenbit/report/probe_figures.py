@@ -195,7 +195,7 @@ def _clouds(axes: Any, pair: Pair, theme: Theme) -> None:
     labels = []
     for x, name in enumerate(buckets):
         low, high = map(int, name.split("-"))
-        s = np.sort(pair.table.logratio[(pair.table.tokens >= low) & (pair.table.tokens <= high)])
+        s = np.sort(pair.table.logratio[(pair.table.lengths >= low) & (pair.table.lengths <= high)])
         labels.append(f"{low}–{high}\nn = {s.size:,}")
         dots = s
         if s.size > MOST_DOTS:  # an even choice over the sorted values keeps both ends

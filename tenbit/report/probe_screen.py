@@ -59,7 +59,7 @@ def _within(low: float | None, high: float | None) -> str:
 def _table(*heads: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for i, head in enumerate(heads):
-        table.add_column(head, no_wrap=True, justify="left" if i == 0 else "right")
+        table.add_column(Text(head), no_wrap=True, justify="left" if i == 0 else "right")
     return table
 
 

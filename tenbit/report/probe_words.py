@@ -37,6 +37,7 @@ LABELS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 PAPER = 24.0  # FP16 against BF16, sequence level, Figure 2
 BEYOND_ROUNDING = 1e-2  # KL per token; BF16's rounding gives 1e-5 to 1e-3
 GOOD, USABLE, POOR = 0.9, 0.5, 0.1  # effective sample sizes
+FEWEST = 8  # responses below which an effective sample size says nothing
 
 
 def read(pair: Pair, key: str) -> Measure:
@@ -74,6 +75,9 @@ def verdict(study: Study) -> list[str]:
     if not study.pairs:
         return []
     parts = [_distance(study), *_prediction(study), *(_weights(p) for p in study.pairs)]
+    parts += [_identical(p) for p in study.pairs if study.settings.get("source") and _is_identical(p)]
+    if any(p.measures["seq_chi2"].value < 0 for p in study.pairs):
+        parts.append("A χ² below 0 is noise: it is the mean of few e^2Σ, less 1.")
     strange = [p for p in study.pairs if p.measures["kl_k3"].value > BEYOND_ROUNDING]
     if strange:
         names = ", ".join(p.name for p in strange)
@@ -113,7 +117,21 @@ def _times(m: Measure) -> str:
     return f"{factor(m.value)} times (95%: {factor(m.low)} to {factor(m.high)})"
 
 
+def _is_identical(pair: Pair) -> bool:
+    return pair.precision is None and pair.measures["logp_abs_max"].value == 0
+
+
+def _identical(pair: Pair) -> str:
+    return (
+        f"{pair.name}: logp_train and logp_rollout are identical, token by token, which two programs never are. Is "
+        "logp_train (verl: old_log_prob) the sampler’s own? Leave it out, and have the rows scored with --model."
+    )
+
+
 def _weights(pair: Pair) -> str:
+    if len(pair.table) < FEWEST:
+        few = f"{len(pair.table)} response{'s' * (len(pair.table) != 1)}"
+        return f"{pair.name}: {few} cannot show whether sequence-level importance weights are of use."
     ess = pair.measures["seq_ess"].value
     half = pair.table.half_ess_tokens()
     length = pair.tokens / len(pair.table)

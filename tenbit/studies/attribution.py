@@ -26,43 +26,50 @@ with a bootstrap over sequences that resamples all three alike. It can be negati
    cause switched.
 
 The control is also the test for stale weights: a fresh engine, with the weights just loaded, shows how far a genuine
-record is from the trainer. A record twice as far is not this engine's at these weights; if an engine in another
+record is from the trainer. A record twice as far, also beside a second control, is not this engine's at these weights
+(`attribution_record` has the rule and its rate of false alarms); if an engine in another
 16-bit format draws one that is as far, the format is named instead. Staleness below the rounding noise stays unseen.
 
 **Shares need not add up to 1.** Rounding needs a short format *and* two computations that differ; take away either and
 the gap is gone, so dtype and kernels may carry 100% each. A switch of kernels in a 16-bit format only draws other
 rounding errors; `moved` (the KL between before and after on the switched side alone) says whether it matters at all.
-`residual` is what is left with everything switched at once.
+So dtype is shown apart, as the bound of what all rounding does, and causes are ranked at the dtype as it is.
+`residual` is what is left there without decoding and without batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import Recipe
+from tenbit.report.words import scientific
 from tenbit.scoring import Scored
 from tenbit.studies import attribution_numerics as numerics
 from tenbit.studies import attribution_record as record
+from tenbit.studies import attribution_transform as transforms
 from tenbit.studies.attribution_bench import Bench, Bootstrap, Control, Gap, gap
-from tenbit.studies.attribution_cause import Case, Cause
+from tenbit.studies.attribution_cause import Case, Cause, part
 
 CONTROL = 32  # responses drawn anew
 CARRIES = 0.2  # a share that the verdict names
+ENOUGH = 0.9  # a share that is as good as all
+BOUND = "dtype"  # the row that is no cause among others
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """`total` is KL(mu || pi) by k3 per token of the samples as they came, `residual` what is left of the gap with
-    everything switched at once, in the same unit. `rows` are sorted by share; those not measured come last."""
+    """`total` is KL(mu || pi) by k3 per token of the samples as they came, `residual` what is left of the gap at the
+    same dtype, prefilled and one response at a time, in the same unit. `rows` are sorted by share, then dtype, the
+    bound of all rounding; those not measured come last."""
 
     total: float
     interval: tuple[float, float]
@@ -75,7 +82,7 @@ class Attribution:
     left_out: int = 0
 
     def __getitem__(self, name: str) -> Cause:
-        return next(row for row in self.rows if row.name == name)
+        return _named(self.rows, name)
 
     @property
     def verdict(self) -> str:
@@ -105,22 +112,19 @@ def attribute(
     bench = Bench(recipe, model, precision, recipe.sampling(model.stop_token_ids))
     case, rows = _settle_record(bench, usable, older, note)
     total = case.total
-    residual = None
     note("drawing a control")
     with case.bench.engine() as engine:
-        control = Control.draw(case.bench, engine, case.sequences, CONTROL)
-        stale, genuine = record.staleness(case, control)
+        control = Control.draw(case.bench, engine, case.sequences, min(CONTROL, len(usable)))
+        stale, genuine = record.staleness(case, control, engine, transforms.tried(_named(rows, transforms.NAME)))
         at = numerics.Numerics(case, control, genuine, trusted=stale.share is None)
         note("decode against prefill")
         rows.append(numerics.decoding(at, engine))
         note("batch composition")
         rows.append(numerics.batching(at, engine))
+        residual = numerics.left_over(at, engine)
     rows += _of_another_engine(stale, case, control, genuine, rows, note)
     note("dtype")
-    cause, left = numerics.dtype(at)
-    rows.append(cause)
-    if left is not None:
-        residual = (left.over(control.gap) * genuine).value
+    rows.append(numerics.dtype(at))
     note("attention kernel")
     rows.append(numerics.attention(at))
     if not _has(rows, "FP32 head"):
@@ -129,7 +133,7 @@ def attribute(
     note("compiled kernels")
     compiled = numerics.kernels(at)
     rows += [compiled] if compiled is not None else []
-    rows.sort(key=lambda row: (row.share is None, -round(row.share or 0.0, 2), row.name != "dtype"))
+    rows.sort(key=lambda row: (row.share is None, row.name == BOUND, -(row.share or 0.0)))
     return Attribution(
         total=total.value,
         interval=total.interval,
@@ -141,6 +145,10 @@ def attribute(
         engine=recipe.rollout.engine,
         left_out=len(scored) - len(usable),
     )
+
+
+def _named(rows: Sequence[Cause], name: str) -> Cause:
+    return next(row for row in rows if row.name == name)
 
 
 def _has(rows: Sequence[Cause], name: str) -> bool:
@@ -180,10 +188,9 @@ def _settle_record(
     cause, case = record.retokenisation(case, here)
     rows.append(cause)
     other, case = record.other_trainer(case, here)
-    rows += [other] if other is not None else []
     note("sampling transform")
-    cause, case = record.transform(case)
-    rows.append(cause)
+    cause, case = transforms.transform(case)
+    rows = _not_theirs(rows, other, cause, case) if other is not None else [*rows, cause]
     stale, case = record.older_weights(case, older)
     rows += [stale] if stale is not None else []
     wide, case = record.wide_head(case)
@@ -191,22 +198,48 @@ def _settle_record(
     return case, rows
 
 
+def _not_theirs(rows: list[Cause], other: Cause, cause: Cause, case: Case) -> list[Cause]:
+    """The rows with another trainer and the transform; unless our trainer is off only by the recipe's transform.
+
+    Numbers that came from both sides at temperature 0.6 agree; if the recipe says 1, it is the recipe that is wrong
+    about both, which makes no gap between them.
+    """
+    if other.share is None or other.share >= 0 or cause.share is None:
+        return [*rows, other, cause]
+    now = case.against(case.trained)
+    note = f"not a cause: {cause.note}, and so do the trainer's that came with them; tell the probe how they were drawn"
+    total, share = case.total, part(case.total, now, case.total)
+    what = f"{other.what}, at the transform of the samples"
+    settled = replace(
+        other, what=what, kl_before=total.value, kl_after=now.value, share=share.value, interval=share.interval
+    )
+    return [*rows, settled, replace(cause, share=None, interval=None, note=note)]
+
+
 # --- in words
 
 
 def _verdict(found: Attribution) -> str:
-    """One sentence or two: what carries the gap, and what to do about it."""
+    """A few sentences: what carries the gap at the dtype as it is, what to do about it, and what the dtype bounds."""
     if found.total == 0:
         return "The two sides agree exactly: there is no gap to split."
-    whole = f"KL(mu || pi) is {found.total:.2g} per token"
-    carriers = [row for row in found.rows if _carries(row)]
+    text = f"KL(μ‖π) is {scientific(found.total)} per token. "
+    carriers = [row for row in found.rows if _carries(row) and row.name != BOUND]
     if not carriers:
-        return f"{whole}; no single cause that was switched takes off {CARRIES:.0%} of it."
-    parts = ", ".join(f"{row.name} {row.share:.0%}" for row in carriers)
-    first = carriers[0]
-    text = f"{whole}, of which a switch takes off: {parts}. First: {first.remedy}."
+        text += f"At this dtype no single switch takes off {CARRIES:.0%} of it."
+    else:
+        parts = ", ".join(f"{row.name} {_share(row.share)}" for row in carriers)
+        text += f"At this dtype a switch takes off: {parts}. First: {carriers[0].remedy}."
     if sum(row.share or 0.0 for row in carriers) > 1 + CARRIES:
-        text += " The shares overlap: either of two causes is enough to close what needs both."
+        text += " The shares overlap and do not add up."
+        if sum((row.share or 0.0) >= ENOUGH for row in carriers) > 1:
+            text += " Either of the largest is enough to close nearly all of it."
+    bound = [row for row in found.rows if row.name == BOUND and _carries(row)]
+    if bound:
+        text += (
+            f" Rounding as a whole ({found.precision} against FP32 on both sides, an upper bound for every cause in "
+        )
+        text += f"the arithmetic): dtype {_share(bound[0].share)}; remedy: {bound[0].remedy}."
     return text
 
 
@@ -215,40 +248,41 @@ def _carries(row: Cause) -> bool:
 
 
 def show(found: Attribution, console: Console) -> None:
-    """The rows as a table, then the remedies of what carries the gap, and the verdict."""
-    title = f"KL(mu || pi) by cause, k3 per token: {found.precision}, {found.engine} engine"
+    """A table with a line for each cause; below it, for what carries the gap, what was switched and the remedy."""
+    title = f"KL(μ‖π) by cause, k3 per token: {found.precision}, {found.engine} engine"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("cause", no_wrap=True)
     for head in ("before", "after", "share", "95%"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("what was switched")
     low, high = found.interval
-    sizes = f"{found.sequences} responses, {found.tokens} tokens"
-    table.add_row("all of it", f"{found.total:.2e}", "", "", f"{low:.1e} .. {high:.1e}", sizes)
+    table.add_row("all of it", scientific(found.total), "", "", f"{scientific(low)} .. {scientific(high)}")
     for row in found.rows:
-        numbers = (_number(row.kl_before), _number(row.kl_after), _share(row.share), _range(row.interval))
-        table.add_row(row.name, *numbers, _sentences(row))
+        label = f"{row.name} (a bound)" if row.name == BOUND else row.name
+        table.add_row(label, _number(row.kl_before), _number(row.kl_after), _share(row.share), _range(row.interval))
     if found.residual is not None:
         share = found.residual / found.total if found.total else 0.0
-        table.add_row("left over", "", f"{found.residual:.2e}", _share(share), "", "everything switched at once")
+        table.add_row("left, one by one and prefilled", "", scientific(found.residual), _share(share), "")
     console.print(table)
+    print_ = partial(console.print, markup=False, highlight=False)
+    print_(f"{found.sequences} responses, {found.tokens} tokens.")
     for row in found.rows:
         if _carries(row):
-            console.print(f"{row.name}: {row.remedy}", markup=False, highlight=False)
-    console.print(found.verdict, markup=False, highlight=False)
+            print_(f"{row.name}: {row.what}.{f' {_capital(row.note)}.' if row.note else ''} Remedy: {row.remedy}.")
+    print_(found.verdict)
 
 
-def _sentences(row: Cause) -> Text:
-    return Text(f"{row.what}. {row.note}" if row.note else row.what)
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
+    return "–" if value is None else scientific(value)
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    """In per cent; a switch that made the gap many times larger is not counted out."""
+    return "–" if value is None else f"{round(value, 2) + 0.0:.0%}" if value >= -1 else "below -100%"
 
 
 def _range(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.0%} .. {interval[1]:.0%}"
+    return "" if interval is None else f"{_share(interval[0])} .. {_share(interval[1])}"

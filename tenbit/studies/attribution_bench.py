@@ -73,6 +73,9 @@ class Gap:
     def __mul__(self, other: Gap) -> Gap:
         return Gap(self.value * other.value, self.draws * other.draws)
 
+    def larger(self, other: Gap) -> Gap:
+        return Gap(max(self.value, other.value), torch.maximum(self.draws, other.draws))
+
     def over(self, other: Gap) -> Gap:
         """The ratio; 0 over nothing, for no gap has no parts."""
         zero = other.draws == 0
@@ -218,18 +221,19 @@ class Control:
     gap: Gap
 
     @classmethod
-    def draw(cls, bench: Bench, engine: Engine, sequences: Sequence[Ids], n: int) -> Control:
-        """n responses at most, to evenly spaced prompts of the given sequences."""
-        n = min(n, len(sequences))
+    def draw(cls, bench: Bench, engine: Engine, sequences: Sequence[Ids], n: int, *salt: str) -> Control:
+        """n responses to evenly spaced prompts of the given sequences, to each several where there are fewer."""
         chosen = [sequences[i * len(sequences) // n][0] for i in range(n)]
-        prompts = tuple(Prompt(ids, seed_of(bench.recipe.seed, "attribution", i)) for i, ids in enumerate(chosen))
+        prompts = tuple(
+            Prompt(ids, seed_of(bench.recipe.seed, "attribution", *salt, i)) for i, ids in enumerate(chosen)
+        )
         longest = max(len(response) for _, response in sequences)
         room = bench.model.context - max(len(p.ids) for p in prompts)
         drawn = engine.generate(prompts, replace(bench.sampling, max_tokens=max(1, min(longest, room))))
         own = tuple((c.prompt_ids, c.response_ids) for c in drawn)
         decoded = tuple(c.logp for c in drawn)
         trained = tuple(bench.trainer(own))
-        bootstrap = Bootstrap.of(n, "control")
+        bootstrap = Bootstrap.of(n, "control", *salt)
         return cls(prompts, own, decoded, trained, bootstrap, gap(decoded, trained, bootstrap))
 
     def part(self, n: int) -> Control:

@@ -63,13 +63,17 @@ def switched(
 
 
 def part(before: Gap, after: Gap, total: Gap) -> Gap:
-    """The share of the total that a switch on the recorded tokens takes off."""
-    return (before - after).over(total)
+    """The share of the total that a switch on the recorded tokens takes off.
+
+    An earlier switch may have made the gap larger than it came; then a share is one of that larger gap, for nothing
+    takes off more than there is.
+    """
+    return (before - after).over(before.larger(total))
 
 
 def scaled(before: Gap, after: Gap, genuine: Gap, total: Gap) -> Gap:
     """The same for a switch on the control's tokens: its effect there, times what a genuine record has of the total."""
-    return (before - after).over(before) * genuine.over(total)
+    return (before - after).over(before) * genuine.over(genuine.larger(total))
 
 
 def attempt(name: str, what: str, remedy: str, measure: Callable[[], Cause]) -> Cause:

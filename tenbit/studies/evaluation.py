@@ -45,6 +45,7 @@ from tenbit.studies.evaluation_plan import OPTIONS, Plan, fit
 from tenbit.studies.evaluation_scores import Rows, show, summarise
 from tenbit.studies.options import said_in_options
 from tenbit.tasks.grading import open_grader
+from tenbit.types import Completion
 
 RESPONSES_A_CHUNK = 512  # about so many, where the plan does not say: few enough to lose, enough to fill an engine
 
@@ -158,14 +159,17 @@ def answer(plan: Plan, policy: Policy, chunk: Chunk) -> list[dict[str, Any]]:
         for i, group in zip(touched, again, strict=True):
             judged[budget][i] = group
     return [
-        _row(chunk.set, a, budget, judged[budget][i], plan.texts)
+        _row(chunk.set, a, budget, judged[budget][i], [cut(c, budget) for c in drawn[i]], plan.texts)
         for i, a in enumerate(chunk.asked)
         for budget in plan.budgets
     ]
 
 
-def _row(name: str, asked: Asked, budget: int, group: Sequence[Judged], texts: bool) -> dict[str, Any]:
-    samples = [asdict(j) for j in group]
+def _row(
+    name: str, asked: Asked, budget: int, group: Sequence[Judged], drawn: Sequence[Completion], texts: bool
+) -> dict[str, Any]:
+    """`ids` is a checksum of a response's tokens: it shows whether two policies gave the same one."""
+    samples = [asdict(j) | {"ids": _digest(map(str, c.response_ids))} for j, c in zip(group, drawn, strict=True)]
     if not texts:
         for sample in samples:
             del sample["text"]

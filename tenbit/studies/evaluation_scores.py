@@ -32,6 +32,12 @@ Rows = list[dict[str, Any]]
 Estimate = dict[str, float]  # value, low, high
 
 ALL = "all sets"
+PAIRING = (
+    "Both sides draw with the same seeds. On one engine a response is the same on both until rounding changes a token, "
+    "so chance that both share drops out of the gap and its interval: the interval is of this paired difference, and "
+    "two samples with seeds of their own would lie further apart. Another engine draws its own random numbers, and "
+    "nearly every response differs."
+)
 SYMBOL = {"rollout": "μ", "train": "π"}
 
 
@@ -73,11 +79,19 @@ def _result(groups: Mapping[str, Sequence[Sequence[dict[str, Any]]]], seed: int)
     if len(scores) == 2:
         gap = {name: scores["train"][name] - scores["rollout"][name] for name in scores["rollout"]}
         out["gap"] = _named(gap, *difference_interval(_stacked(gap), ks[-1], seed=seed))
+        out["differing"] = _differing(groups["train"], groups["rollout"])
     return out
 
 
+def _differing(one: Sequence[Sequence[dict[str, Any]]], other: Sequence[Sequence[dict[str, Any]]]) -> dict[str, int]:
+    """How many responses are not the same tokens on both sides; each has the same prompt and seed there."""
+    pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
+    return {"responses": sum(a["ids"] != b["ids"] for a, b in pairs), "of": len(pairs)}
+
+
 def _scores(groups: Sequence[Sequence[dict[str, Any]]], ks: Sequence[int]) -> Scores:
-    return per_problem([[Judged(**{"text": "", **sample}) for sample in group] for group in groups], ks)
+    judged = [[Judged(**{"text": "", **{k: v for k, v in s.items() if k != "ids"}}) for s in group] for group in groups]
+    return per_problem(judged, ks)
 
 
 def _stacked(scores: Scores) -> NDArray[np.float64]:
@@ -173,13 +187,12 @@ def gap_lines(result: Mapping[str, Any]) -> list[Text]:
         numbers = f"{100 * found['value']:+.2f} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
         where = f"  {r['set']}, {r['max_tokens']:,} tokens  "
         lines.append(Text.assemble(where, (numbers, "bold"), f"  {verdict(found)}"))
-    lines.append(
-        Text(
-            "Equal seeds do not give equal tokens across programs and formats: an engine draws its own random numbers, "
-            "or rounds differently, so part of a gap is the chance of sampling. The interval takes it in.",
-            style="dim",
-        )
-    )
+        differing, of = r["differing"]["responses"], r["differing"]["of"]
+        said = f"    {differing:,} of {of:,} responses differ between π and μ"
+        if not differing:
+            said += ": the two are one sample here, so this gap says nothing about other problems or seeds"
+        lines.append(Text(said))
+    lines.append(Text(PAIRING, style="dim"))
     return lines
 
 

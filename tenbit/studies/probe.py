@@ -32,8 +32,13 @@ from tenbit.types import Completion, Overflow, Prompt
 SCHEMA = "tenbit.probe/1"
 WORST, BEFORE = 20, 40  # tokens that are listed, and tokens of context before each
 RECORDED = "recorded"
+SAME_TRAINER = 0.1  # of the gap: two trainers that differ by no more give the same attribution
 
 Note = Callable[[str], None]
+
+
+class Unmeasurable(ValueError):
+    """Not one token of a pair has both log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,11 @@ class Pair:
     table: Table
     measures: dict[str, Measure]
     by_length: dict[str, dict[str, Any]]
+    by_version: dict[str, dict[str, Any]]
     left_out: int  # tokens without a finite log-probability
     truncated: float | None = None  # share of the responses that were cut off at the limit
     seconds: dict[str, float] = field(default_factory=dict)
     precision: Precision | None = None
-    temperature: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -58,15 +63,14 @@ class Pair:
 
     @classmethod
     def of(cls, name: str, scored: Sequence[Scored], cap: float, seed: int, **more: Any) -> Pair:
-        """Raises ValueError if no token of the responses can be measured."""
+        """Raises Unmeasurable if no token of the responses can be measured."""
         table = Table.of(scored)
         if not len(table):
-            raise ValueError(f"{name}: not one token has a finite log-probability on both sides")
+            raise Unmeasurable(f"{name}: not one token has a finite log-probability on both sides")
         lost = sum(int((~s.measurable).sum()) for s in scored)
         measures = table.measures(cap, resamples(len(table), seed))
-        return cls(
-            name, table=table, measures=measures, by_length=table.by_length(LENGTHS, seed), left_out=lost, **more
-        )
+        lengths, versions = table.by_length(LENGTHS, seed), _by_version(table, cap, seed)
+        return cls(name, table=table, measures=measures, by_length=lengths, by_version=versions, left_out=lost, **more)
 
     def worst(self, tokenizer: Any | None) -> list[dict[str, Any]]:
         """The tokens that lie furthest apart, with the text before them; ids where there is no tokenizer."""
@@ -83,6 +87,7 @@ class Pair:
             "truncated": self.truncated,
             "measures": {key: measure.as_dict() for key, measure in self.measures.items()},
             "by_length": self.by_length,
+            "by_version": self.by_version,
             "half_ess_tokens": self.table.half_ess_tokens(),
             "worst": self.worst(tokenizer),
             "seconds": self.seconds,
@@ -192,7 +197,6 @@ def _scored_pair(
         truncated=sum(c.finish == "length" for c in completions) / len(completions),
         seconds=seconds | {"score": round(time.perf_counter() - began, 3)},
         precision=precision,
-        temperature=recipe.rollout.temperature,
     )
 
 
@@ -203,16 +207,12 @@ def recorded_pairs(study: Study, rows: Sequence[Recorded]) -> Iterable[Pair]:
         own = [r for r in both if (r.precision or RECORDED) == name]
         train, rollout = _formats(name)
         scored = [r.scored() for r in own]
-        heat = {r.temperature for r in own}
-        yield Pair.of(
-            name,
-            scored,
-            study.cap,
-            study.seed,
-            train=train,
-            rollout=rollout,
-            temperature=(heat.pop() or 1.0) if len(heat) == 1 else 1.0,
-        )
+        try:
+            pair = Pair.of(name, scored, study.cap, study.seed, train=train, rollout=rollout)
+        except Unmeasurable as error:
+            study.left_out[name] = str(error)
+            continue
+        yield pair
 
 
 def rescored_pairs(
@@ -234,35 +234,53 @@ def rescored_pairs(
                 asked = [(rows[i].prompt_ids, rows[i].response_ids) for i in places]
                 logps = train_logps(model, precision, recipe, asked, heat)
                 scored |= {i: rows[i].scored(logp) for i, logp in zip(places, logps, strict=True)}
-        except Overflow as error:
+            pair = Pair.of(
+                name,
+                [scored[i] for i in range(len(rows))],
+                study.cap,
+                study.seed,
+                train=precision.compute.value,
+                rollout=RECORDED,
+                seconds={"score": round(time.perf_counter() - began, 3)},
+                precision=precision,
+            )
+        except (Overflow, Unmeasurable) as error:
             study.left_out[name] = str(error)
             continue
-        yield Pair.of(
-            name,
-            [scored[i] for i in range(len(rows))],
-            study.cap,
-            study.seed,
-            train=precision.compute.value,
-            rollout=RECORDED,
-            seconds={"score": round(time.perf_counter() - began, 3)},
-            precision=precision,
-            temperature=recipe.rollout.temperature,
-        )
+        yield pair
 
 
-def by_version(pair_rows: Sequence[Recorded]) -> dict[str, dict[str, Any]]:
-    """KL (k3) and counts for each version of the weights that rows were sampled with, where there are several."""
-    versions = sorted({r.version for r in pair_rows if r.version is not None and r.logp_train is not None})
+def _by_version(table: Table, cap: float, seed: int) -> dict[str, dict[str, Any]]:
+    """KL (k3) and counts for each version of the weights that responses were sampled with, where there are several."""
+    versions = sorted({s.version for s in table.scored if s.version is not None})
     if len(versions) < 2:
         return {}
     out = {}
     for version in versions:
-        table = Table.of([r.scored() for r in pair_rows if r.version == version and r.logp_train is not None])
-        if len(table):
-            found = table.measures(3.0, resamples(len(table), 0))
-            kl = finite(found["kl_k3"].value)
-            out[str(version)] = {"sequences": len(table), "tokens": int(table.tokens.sum()), "kl_k3": kl}
+        own = Table.of([s for s in table.scored if s.version == version])
+        kl = own.measures(cap, resamples(len(own), seed))["kl_k3"].as_dict()
+        out[str(version)] = {"sequences": len(own), "tokens": int(own.tokens.sum()), "kl_k3": kl}
     return out
+
+
+def with_one_temperature(scored: Sequence[Scored], default: float) -> tuple[float, list[Scored]]:
+    """The temperature that most responses were sampled at, and those. `default` stands for one that is not known."""
+    heats = [default if s.temperature is None else s.temperature for s in scored]
+    heat = max(dict.fromkeys(heats), key=heats.count)
+    return heat, [s for s, h in zip(scored, heats, strict=True) if h == heat]
+
+
+def same_trainer(recorded: Pair, rescored: Pair) -> bool:
+    """Whether the recorded trainer is ours but for rounding that is small beside the gap, on the same responses."""
+    ours = {id(s.logp_rollout): s for s in rescored.table.scored}
+    apart = gap = 0.0
+    for s in recorded.table.scored:
+        if id(s.logp_rollout) not in ours:
+            return False
+        fine = s.measurable
+        apart += float((s.logp_train.double() - ours[id(s.logp_rollout)].logp_train.double())[fine].abs().sum())
+        gap += float(s.logratio[fine].abs().sum())
+    return apart <= SAME_TRAINER * gap
 
 
 def _formats(name: str) -> tuple[str, str]:

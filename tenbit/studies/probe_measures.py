@@ -36,7 +36,7 @@ MEANS = {
 }
 EXTREMES = ("logp_abs_max", "prob_diff_min", "prob_diff_max", "seq_logratio_min", "seq_logratio_max")
 SIZES = ("kl_k3", "logp_abs_mean", "prob_diff_abs_mean", "seq_logratio_std")  # of which ratios make sense
-FEWEST = 8  # responses in a length bucket, below which the spread has no interval
+FEWEST = 20  # responses below which a spread has no interval: the bootstrap's is far too narrow
 Array = np.ndarray
 
 
@@ -80,7 +80,20 @@ class Table:
         """Every measure of the specification, with intervals where the bootstrap gives any."""
         values = measured(self.scored).metrics(cap)
         drawn = self.replicates(cap, chosen) if len(self) > 1 else {}
-        return {key: Measure(value, *interval(drawn.get(key))) for key, value in values.items()}
+        if len(self) < FEWEST:
+            drawn.pop("seq_logratio_std", None)
+        found = {key: Measure(value, *_not_empty(*interval(drawn.get(key)))) for key, value in values.items()}
+        share = found["seq_above_cap"]
+        if share.low is None and len(self) > 1:  # none is, or all are: the exact interval of a share, Clopper-Pearson's
+            room = 1 - ((1 - LEVEL) / 2) ** (1 / len(self))
+            ends = (0.0, room) if share.value == 0 else (1 - room, 1.0)
+            found["seq_above_cap"] = Measure(share.value, *ends)
+        return found
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each response, measurable or not, ``[n]``."""
+        return np.array([s.length for s in self.scored], dtype=np.float64)
 
     def replicates(self, cap: float, chosen: Array) -> dict[str, Array]:
         """Every measure but the extremes for each row of `chosen` [R, n] sequence numbers: name -> ``[R]``."""
@@ -101,10 +114,10 @@ class Table:
         }
 
     def by_length(self, edges: Sequence[int], seed: int) -> dict[str, dict[str, Any]]:
-        """S by response length: bucket -> n, mean, std with an interval (from 8 responses up), min, max."""
+        """S by response length: bucket -> n, mean, std with an interval (from `FEWEST` responses up), min, max."""
         out: dict[str, dict[str, Any]] = {}
         for low, high in itertools.pairwise(edges):
-            s = self.logratio[(self.tokens >= low) & (self.tokens < high)]
+            s = self.logratio[(self.lengths >= low) & (self.lengths < high)]
             if s.size:
                 stds = s[resamples(s.size, seed)].std(1, ddof=1) if s.size >= FEWEST else None
                 std = Measure(float(s.std(ddof=1)) if s.size > 1 else 0.0, *interval(stds))
@@ -136,6 +149,11 @@ def interval(drawn: Array | None) -> tuple[float | None, float | None]:
         return None, None
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def _not_empty(low: float | None, high: float | None) -> tuple[float | None, float | None]:
+    """No interval where all replicates are equal: what was not seen once, no resample can show, but it may exist."""
+    return (None, None) if low == high else (low, high)
 
 
 def ratios(

@@ -50,7 +50,7 @@ class Recorded:
         """With the trainer's log-probabilities as they were recorded, or others."""
         logp = self.logp_train if logp_train is None else logp_train
         assert logp is not None
-        return Scored(self.prompt_ids, self.response_ids, self.logp_rollout, logp)
+        return Scored(self.prompt_ids, self.response_ids, self.logp_rollout, logp, self.temperature, self.version)
 
 
 @dataclass
@@ -83,11 +83,15 @@ def read_rows(path: Path, vocabulary: int | None = None, limit: int | None = Non
     return out
 
 
-def write_rows(path: Path, scored: Sequence[Scored], precision: str, temperature: float) -> None:
-    """Appends to a .jsonl.gz file. Nine digits are enough to read every float32 back unchanged."""
+def write_rows(path: Path, scored: Sequence[Scored], precision: str) -> None:
+    """Appends to a .jsonl.gz file, each row with its own temperature and version, where they are known.
+
+    Nine digits are enough to read every float32 back unchanged.
+    """
     with gzip.open(path, "at", encoding="utf-8", compresslevel=5) as file:
         for s in scored:
-            head = {"precision": precision, "temperature": temperature}
+            known = {"temperature": s.temperature, "version": s.version}
+            head = {"precision": precision} | {k: v for k, v in known.items() if v is not None}
             ids = {"prompt_ids": list(s.prompt_ids), "response_ids": list(s.response_ids)}
             logps = ", ".join(
                 f'"{key}": [{", ".join(map(_digits, values.tolist()))}]'
@@ -192,12 +196,12 @@ def _logps(values: Any, where: str, length: int) -> Tensor:
             v = math.nan
         if not _is_number(v):
             raise ValueError(f"{where}[{i}] is {_kind(v)}. Log-probabilities are numbers, written without quotes")
-        if v > ROUNDING:
+        if v > ROUNDING and v != math.inf:  # infinities are counted and left out, whatever their sign
             raise ValueError(
-                f"{where}[{i}] = {v:g} is above 0, which no log-probability is. Write log-probabilities: not "
+                f"{where}[{i}] = {v!s:.20} is above 0, which no log-probability is. Write log-probabilities: not "
                 "probabilities, and not their negative"
             )
-        found.append(v if v != v else min(float(max(v, -FARTHEST)), 0.0))
+        found.append(v if v != v or v == math.inf else min(float(max(v, -FARTHEST)), 0.0))
     return torch.tensor(found, dtype=torch.float32)
 
 

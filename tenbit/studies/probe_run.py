@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from tenbit.console import default_console
 from tenbit.folder import holds_something, make_folder
 from tenbit.models import loading
-from tenbit.precision import Precision
+from tenbit.precision import Format, Precision
+from tenbit.recipe import Recipe
 from tenbit.report.probe import write_page
 from tenbit.report.probe_screen import show
 from tenbit.report.probe_words import verdict
@@ -133,17 +135,15 @@ def run_recorded(
     study.tokenizer = model.tokenizer if model else None
     rows = [_heated(r, temperature) for r in read.rows]
     study.notes += _oddities(rows)
+    if model is not None and (lacking or rescore or attribute):
+        _refuse_long(rows, model)
     make_folder(folder)
     note = _noter(console)
     _collect(study, study_of.recorded_pairs(study, rows), folder, [])
     if plan is not None and model is not None and (lacking or rescore):
-        _refuse_long(rows, model)
         formats = list({p.compute: p for p in plan.precisions}.values())
         rescored = study_of.rescored_pairs(study, rows, plan.recipe, model, formats, note)
         _collect(study, rescored, folder, [p.name for p in study.pairs])
-    versions = study_of.by_version(rows)
-    if versions:
-        study.settings["by_version"] = versions
     if attribute and plan is not None and model is not None:
         _attribute(study, plan.recipe, model, folder, note, plan.precisions)
     return _finish(study, folder, console)
@@ -201,29 +201,41 @@ def _collect(study: Study, found: Iterable[Pair], folder: Path, order: Sequence[
     """Takes pairs as they come, each on disk before the next one is made."""
     for pair in found:
         study.pairs.append(pair)
-        write_rows(folder / "probe.jsonl.gz", pair.table.scored, pair.name, pair.temperature)
+        write_rows(folder / "probe.jsonl.gz", pair.table.scored, pair.name)
     study.pairs.sort(key=lambda p: order.index(p.name) if p.name in order else len(order))
 
 
 def _attribute(
     study: Study,
-    recipe: Any,
+    recipe: Recipe,
     model: loading.Model,
     folder: Path,
     note: study_of.Note,
     formats: Sequence[Precision] = (),
 ) -> None:
-    """Splits the gap of every pair that has a plan; of recorded ones by the first format that was asked for."""
+    """Splits the gap of every pair that has a plan; of recorded ones by the first format that was asked for.
+
+    Each at the temperature its responses were sampled at. A recorded pair whose trainer is ours is not split twice.
+    """
     from tenbit.studies.attribution import attribute
 
     save(study, folder)
     for pair in study.pairs:
         precision = pair.precision or (formats[0] if formats else None)
-        if precision is None:
+        ours = [p for p in study.pairs if p.precision is not None]
+        if precision is None or (pair.precision is None and any(study_of.same_trainer(pair, p) for p in ours)):
             continue
+        heat, scored = study_of.with_one_temperature(pair.table.scored, recipe.rollout.temperature)
+        if len(scored) < len(pair.table):
+            study.notes.append(
+                f"{pair.name}: the causes are those of the {len(scored):,} of {len(pair.table):,} responses that were "
+                f"sampled at temperature {heat:g}; an engine draws at one temperature"
+            )
+        rollout = recipe.rollout.model_copy(update={"temperature": heat})
+        own = recipe.model_copy(update={"rollout": rollout})
         try:
             study.attribution[pair.name] = attribute(
-                recipe, model, precision, pair.table.scored, note=lambda s, n=pair.name: note(f"causes in {n}: {s}")
+                own, model, precision, scored, note=lambda s, n=pair.name: note(f"causes in {n}: {s}")
             )
         except (ValueError, Overflow) as error:
             study.notes.append(f"{pair.name}: no attribution: {error}")
@@ -232,7 +244,8 @@ def _attribute(
 def _finish(study: Study, folder: Path, console: Console) -> Study:
     if not study.pairs:
         why = "; ".join(f"{name}: {text}" for name, text in study.left_out.items())
-        raise ValueError(f"no precision could be measured. {why}. Try --precision bf16 or fp32")
+        remedy = "Look at how the rows were written" if study.settings["source"] else "Try --precision bf16 or fp32"
+        raise ValueError(f"no precision could be measured. {why}. {remedy}")
     for pair in study.pairs:
         if pair.left_out:
             study.notes.append(
@@ -240,6 +253,7 @@ def _finish(study: Study, folder: Path, console: Console) -> Study:
                 "out of every number here, and the sums of their sequences lack them"
             )
     save(study, folder)
+    (folder / ".lock").unlink(missing_ok=True)  # a probe is never gone on with
     page = write_page(study, folder)
     show(study, console)
     console.print(f"\n{page}\n{folder / 'probe.json'}", soft_wrap=True)
@@ -273,6 +287,15 @@ def _oddities(rows: Sequence[Recorded]) -> list[str]:
     heats = sorted({r.temperature for r in rows if r.temperature is not None})
     if len(heats) > 1:
         notes.append(f"The rows were sampled at {len(heats)} temperatures, {heats[0]:g} to {heats[-1]:g}")
+    formats = {f.value for f in Format} | {study_of.RECORDED}
+    names = dict.fromkeys(r.precision for r in rows if r.precision is not None)
+    unknown = [n for n in names if not set(n.split("/")) <= formats or n.count("/") > 1]
+    if unknown:
+        said = ", ".join(f"{n!r:.40}" for n in unknown[:5]) + (" and others" if len(unknown) > 5 else "")
+        notes.append(
+            f"Rows are listed under {said}, which names no formats that tenbit knows ({', '.join(sorted(formats))}, "
+            "or two of them as training/rollout). It is taken as a name only"
+        )
     return notes
 
 
@@ -290,6 +313,6 @@ def _noter(console: Console) -> study_of.Note:
     began = time.perf_counter()
 
     def note(text: str) -> None:
-        console.print(f"[dim]{time.perf_counter() - began:6.1f} s[/]  ", text, sep="", soft_wrap=True, markup=True)
+        console.print(Text.assemble((f"{time.perf_counter() - began:6.1f} s  ", "dim"), text), soft_wrap=True)
 
     return note
