@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -390,8 +391,7 @@ def _start(model: Model, precision: Precision, rollout: RolloutSpec, seed: int, 
         config.save_pretrained(folder)
         told = arguments(folder, model, precision, rollout, seed, context)
         try:
-            import vllm  # pyright: ignore[reportMissingImports]
-
+            vllm: Any = importlib.import_module("vllm")
             return vllm.LLM(**told), vllm.SamplingParams
         except Exception as error:  # of a dozen kinds, of which the text is what helps
             raise ValueError(explain(error, said(), rollout, model)) from error
