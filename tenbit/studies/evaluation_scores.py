@@ -36,7 +36,7 @@ PAIRING = (
     "Both sides draw with the same seeds. On one engine a response is the same on both until rounding changes a token, "
     "so chance that both share drops out of the gap and its interval: the interval is of this paired difference, and "
     "two samples with seeds of their own would lie further apart. Another engine draws its own random numbers, and "
-    "nearly every response differs."
+    "responses differ wherever chance decides."
 )
 SYMBOL = {"rollout": "μ", "train": "π"}
 
