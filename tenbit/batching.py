@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tenbit.types import Batch, Rollout, Totals
+from tenbit.types import Batch, Completion, Problem, Rollout, Totals
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Row:
     @property
     def length(self) -> int:
         return len(self.rollout.completion.prompt_ids) + self.rollout.completion.length
+
+
+def ungraded(completion: Completion) -> Row:
+    """A row for tokens that are only to be scored: no problem, no reward, no advantage."""
+    return Row(Rollout(Problem("", "", ""), completion, "", 0.0, False, 0), 0.0)
 
 
 def split_evenly(n: int, parts: int) -> list[range]:

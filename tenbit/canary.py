@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tenbit.backends import Backend
-from tenbit.batching import Row, collate
+from tenbit.batching import collate, ungraded
 from tenbit.engines import Engine
+from tenbit.engines.delivery import undelivered
 from tenbit.models.loading import Model
 from tenbit.precision import Format, Precision
 from tenbit.prompts import Asked
-from tenbit.types import Completion, Problem, Prompt, Rollout, Sampling, Undelivered
+from tenbit.types import Completion, Prompt, Sampling
 
 LENGTHS = (16, 48, 160)  # vLLM's cache blocks hold 128 tokens on a CPU, 16 on a GPU
 DRAWN = 2
@@ -82,7 +83,7 @@ class Canary:
         drawn = engine.generate([Prompt(self.prompt, seed=0)], self.sampling)  # first: nothing may be cached yet
         scored = engine.score(self.sequences, self.sampling)
         rows = [Completion(p, r, logp, "length") for (p, r), logp in zip(self.sequences, scored, strict=True)]
-        batch = collate([_row(c) for c in [*rows, *drawn]], self.pad_token_id)
+        batch = collate([ungraded(c) for c in [*rows, *drawn]], self.pad_token_id)
         pi, mu, mask = backend.logprobs(batch).cpu().double(), batch.logp_rollout.double(), batch.mask
         fixed = (pi[: len(rows)][mask[: len(rows)]], mu[: len(rows)][mask[: len(rows)]])
         errors = [_relative(p[m], q[m]) for p, q, m in zip(pi, mu, mask, strict=True)]
@@ -91,7 +92,7 @@ class Canary:
         if not error <= bound:  # NaN included
             far = errors.index(error)
             what = f"canary of {int(mask[far].sum())} tokens" + (" drawn by the engine" if far >= len(rows) else "")
-            raise _stale(
+            raise undelivered(
                 f"{what}: the log-probabilities of sampler and trainer differ by {error:.2g} (relative, root mean "
                 f"square); rounding explains at most {bound:.2g}"
             )
@@ -120,22 +121,11 @@ class Canary:
         # rounding blurs the slope, and, being part of the trainer's movement too, draws it towards 0
         unsure = SURE * math.sqrt(2 * self._noise / size) + 2 * tokens * self._noise / size
         if abs(slope - 1) > SLOPE_OFF + unsure:
-            raise _stale(
+            raise undelivered(
                 f"canary: since the run began the trainer's log-probabilities moved by {math.sqrt(size / tokens):.2g} "
                 f"(root mean square), the sampler's by {slope:.2f} of that: a part of its weights is stale"
             )
 
 
-def _row(completion: Completion) -> Row:
-    return Row(Rollout(Problem("", "", ""), completion, "", 0.0, False, 0), 0.0)
-
-
 def _relative(pi: Tensor, mu: Tensor) -> float:
     return float(((pi - mu) / (1 + pi.abs())).square().mean().sqrt())
-
-
-def _stale(what: str) -> Undelivered:
-    return Undelivered(
-        f"weight update: {what}. The sampler no longer runs the policy that is trained, so the run stops. Resume from "
-        "the last checkpoint; if it happens again, rollout.engine = 'torch' samples without this engine"
-    )

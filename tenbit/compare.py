@@ -14,9 +14,9 @@ from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
-from tenbit.rollout import seed_of
+from tenbit.rollout import prompts_of
 from tenbit.scoring import measured, sample_and_score
-from tenbit.types import Overflow, Prompt
+from tenbit.types import Overflow
 
 LENGTHS = (1, *(2**i for i in range(5, 21)))  # buckets of response lengths: 1-31, 32-63, 64-127, ...
 
@@ -27,11 +27,7 @@ def compare(recipe: Recipe, model: Model, asked: Sequence[Asked], name: str) -> 
     Raises Overflow if the model does not fit the format.
     """
     precision = Precision.parse(name)
-    prompts = [
-        Prompt(a.ids, seed_of(recipe.seed, "compare", place, sample))
-        for place, a in enumerate(asked[: recipe.compare.prompts])
-        for sample in range(recipe.compare.samples)
-    ]
+    prompts = prompts_of(asked[: recipe.compare.prompts], recipe.compare.samples, (recipe.seed, "compare"))
     scored = sample_and_score(recipe, model, precision, prompts)
     seen = measured(scored)
     if not math.isfinite(seen.tokens["k3"].total):

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from tenbit.clock import Clock
 from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
-from tenbit.rollout import Policy, seed_of
+from tenbit.rollout import Policy, prompts_of
 from tenbit.tasks.votes import Ballot, Class, answer_of, classes
-from tenbit.types import Completion, Finish, Prompt
+from tenbit.types import Completion, Finish
 
 Scores = dict[str, NDArray[np.float64]]  # by metric, [P]: one number a problem
 
@@ -60,12 +60,7 @@ def draw(
 ) -> list[list[Completion]]:
     """`samples` responses to each problem. `first` is the first problem's place in its set: it enters the seeds, so
     a set sampled in parts gives the same responses."""
-    prompts = [
-        Prompt(a.ids, seed_of(*seed, place, sample))
-        for place, a in enumerate(asked, first)
-        for sample in range(samples)
-    ]
-    drawn = policy.engine.generate(prompts, policy.sampling)
+    drawn = policy.engine.generate(prompts_of(asked, samples, seed, first), policy.sampling)
     return [drawn[i : i + samples] for i in range(0, len(drawn), samples)]
 
 

@@ -37,6 +37,18 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def prompts_of(asked: Sequence[Asked], samples: int, seed: tuple[object, ...], first: int = 0) -> list[Prompt]:
+    """`samples` prompts for each problem, in order, each with its own seed.
+
+    `seed` names the call; `first` is the first problem's place in its set, for a set that is sampled in parts.
+    """
+    return [
+        Prompt(a.ids, seed_of(*seed, place, sample))
+        for place, a in enumerate(asked, first)
+        for sample in range(samples)
+    ]
+
+
 class ProblemStream:
     """Problems for ever, each epoch in a new order that depends on the seed and the epoch alone.
 
@@ -77,11 +89,8 @@ class Policy:
 
     def answer(self, asked: Sequence[Asked], samples: int, seed: tuple[object, ...], clock: Clock) -> list[Group]:
         """`samples` graded responses to each problem, in order. `seed` names this call."""
-        prompts = [
-            Prompt(a.ids, seed_of(*seed, place, sample)) for place, a in enumerate(asked) for sample in range(samples)
-        ]
         with clock("rollout"):
-            completions = self.engine.generate(prompts, self.sampling)
+            completions = self.engine.generate(prompts_of(asked, samples, seed), self.sampling)
         with clock("grade"):
             texts = [str(self.tokenizer.decode(list(c.response_ids), skip_special_tokens=True)) for c in completions]
             problems = [a.problem for a in asked for _ in range(samples)]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from tenbit.backends.single import SingleBackend
-from tenbit.batching import Row, collate, micro_batches
+from tenbit.batching import Row, collate, micro_batches, ungraded
 from tenbit.engines.choose import make_engine
 from tenbit.mismatch import Mismatch, measure
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import Recipe
-from tenbit.types import Completion, Overflow, Problem, Prompt, Rollout
+from tenbit.types import Completion, Overflow, Prompt
 
 PADDED = 1 << 20  # elements of the padded rectangles that are measured at a time
 Sequence2 = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
@@ -126,4 +126,4 @@ def measured(scored: Sequence[Scored]) -> Mismatch:
 
 def _row(prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> Row:
     completion = Completion(prompt_ids, response_ids, torch.zeros(len(response_ids)), "stop")
-    return Row(Rollout(Problem("", "", ""), completion, "", 0.0, False, 0), 0.0)
+    return ungraded(completion)

@@ -299,7 +299,12 @@ def compare(sent: Mapping[str, Sent], reports: Sequence[Report], tied: Mapping[s
 
 
 def _undelivered(name: str, what: str) -> Undelivered:
+    return undelivered(f"{name!r}: {what}")
+
+
+def undelivered(what: str) -> Undelivered:
+    """The error of an update that could not be proven, with the remedy."""
     return Undelivered(
-        f"weight update: {name!r}: {what}. The sampler no longer runs the policy that is trained, so the run stops. "
+        f"weight update: {what}. The sampler no longer runs the policy that is trained, so the run stops. "
         "Resume from the last checkpoint; if it happens again, rollout.engine = 'torch' samples without this engine"
     )

@@ -18,7 +18,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tenbit.report import axis
@@ -26,11 +25,11 @@ from tenbit.report.chart import draw
 from tenbit.report.compare import compare
 from tenbit.report.figures import sections
 from tenbit.report.reading import Run, read_run
+from tenbit.report.template import HERE, style, template
 from tenbit.report.verdict import key_numbers, verdict
-from tenbit.report.words import number, visible, whole
+from tenbit.report.words import number, whole
 from tenbit.runlog import Row, write_atomic
 
-_HERE = Path(__file__).parent
 _UNKNOWN: Row = {key: "–" for key in ("problem", "prompt", "response", "reward", "length", "finish")}
 
 
@@ -49,22 +48,14 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """The page."""
-    script = (_HERE / "hover.js.jinja").read_text(encoding="utf-8").strip()
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
+    script = (HERE / "hover.js.jinja").read_text(encoding="utf-8").strip()
     across = axis.steps(min(run.steps, default=0), max(run.steps, default=0))
     drawn = []
     for i, section in enumerate(sections(run)):
         figures = [draw(figure, across, f"f{i}-{j}") for j, figure in enumerate(section.figures)]
         drawn.append({"title": section.title, "note": section.note, "figures": figures})
     titles = [section["title"] for section in drawn]
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         run=run,
         verdict=verdict(run),
         numbers=key_numbers(run),
@@ -74,7 +65,7 @@ def render(run: Run) -> str:
         samples=chosen_samples(run.samples),
         plan=[_plan_row(*map(str, row)) for row in run.plan if len(row) == 3],
         summary=_leaves(run.summary),
-        style=Markup((_HERE / "style.css.jinja").read_text(encoding="utf-8").strip()),
+        style=style(),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

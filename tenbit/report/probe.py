@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tenbit.report.probe_figures import DARK, LIGHT, THEMES, Panels, logratios, scatter, thinned
 from tenbit.report.probe_words import LABELS, described, harmless, read, shown, verdict
-from tenbit.report.words import factor, number, percent, scientific, visible, whole
+from tenbit.report.template import style, template
+from tenbit.report.words import factor, number, percent, scientific, whole
 from tenbit.runlog import write_atomic
 from tenbit.studies.probe import Pair, Study
 from tenbit.studies.probe_measures import Measure
 
-_HERE = Path(__file__).parent
 MUCH = 1.05  # shares above are not shown as numbers
 
 
@@ -40,16 +39,8 @@ def write_page(study: Study, folder: Path) -> Path:
 
 
 def render(study: Study, name: str) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
     said = verdict(study)
-    return environment.get_template("probe.html.jinja").render(
+    return template("probe.html.jinja").render(
         name=name,
         title=_title(study),
         verdict=said[0],
@@ -67,7 +58,7 @@ def render(study: Study, name: str) -> str:
         attribution=[(name, _causes(found)) for name, found in study.attribution.items()],
         versions=[(p.name, _versions(p)) for p in study.pairs if p.by_version],
         settings=_settings(study),
-        style=Markup((_HERE / "style.css.jinja").read_text(encoding="utf-8").strip()),
+        style=style(),
     )
 
 

@@ -124,7 +124,7 @@ def run_recorded(
     if plan is not None:
         with said_in_options(OPTIONS):
             model = loading.load(plan.recipe.model, plan.recipe.rollout.stop_tokens)
-    read = read_rows(rows_file, _vocabulary(model) if model else None, limit)
+    read = read_rows(rows_file, model.vocabulary if model else None, limit)
     lacking = sum(r.logp_train is None for r in read.rows)
     if lacking and model is None:
         raise ValueError(
@@ -264,11 +264,6 @@ def save(study: Study, folder: Path) -> None:
     """probe.json, whole or not at all."""
     content = study.as_dict() | {"verdict": verdict(study)}
     write_atomic(folder / "probe.json", json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-
-
-def _vocabulary(model: loading.Model) -> int:
-    embedding: Any = model.module.get_input_embeddings()
-    return int(embedding.weight.shape[0])
 
 
 def _heated(row: Recorded, temperature: float | None) -> Recorded:
