@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 class Format(StrEnum):
@@ -212,6 +213,11 @@ class Precision(_Value):
         if self.casting == "autocast":
             return torch.autocast(torch.device(device).type, dtype=self.compute.dtype)
         return contextlib.nullcontext()
+
+    def fsdp(self) -> MixedPrecisionPolicy:
+        """FSDP2's policy: in what format weights are gathered and computed with, and in what gradients are summed."""
+        gathered = self.copy_format
+        return MixedPrecisionPolicy(param_dtype=gathered.dtype, reduce_dtype=self.reduce.dtype)
 
     def scaler(self, device: torch.device | str) -> torch.amp.GradScaler:
         """The loss scaler; without a loss scale it is switched off and passes everything through."""

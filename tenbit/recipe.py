@@ -76,11 +76,25 @@ class VllmSpec(_Section):
     )
 
 
+class RaySpec(_Section):
+    """The pool of engines behind rollout.engine = "ray". The cluster is RAY_ADDRESS's, or a local one."""
+
+    engine: Literal["torch", "vllm"] = Field("vllm", description="what the pool is made of")
+    engines: int | None = Field(None, ge=1, description="how many; None: as many as the cluster has room for")
+    gpus: float | None = Field(None, ge=0, description="for each; None: what tensor parallelism needs, 0 without GPUs")
+    cpus: float = Field(1.0, ge=0, description="for each")
+    chunk: int | None = Field(None, ge=1, description="prompts handed out at a time; None: a quarter of an even share")
+    restarts: int = Field(8, ge=0, description="engines that may die and be replaced in one run")
+
+
 class RolloutSpec(_Section):
     """Sampling under mu. `prompts` x `samples` responses make one step's batch."""
 
-    engine: Literal["torch", "vllm"] = Field("torch", description="the built-in engine, or vLLM")
+    engine: Literal["torch", "vllm", "ray"] = Field("torch", description="the built-in engine, vLLM, or a pool of them")
     vllm: VllmSpec = Field(default_factory=lambda: VllmSpec.model_validate({}))
+    ray: RaySpec = Field(default_factory=lambda: RaySpec.model_validate({}))
+    ahead: int = Field(0, ge=0, description="steps that sampling may be ahead of training; 0: strictly on-policy")
+    rescored: int = Field(16, ge=1, description="with ahead: responses a step scored again under the weights they had")
     prompts: int = Field(64, ge=1)
     samples: int = Field(8, ge=1, description="G, responses per prompt")
     max_tokens: int = Field(ge=1, description="the longest response; Dr.GRPO's constant")
@@ -185,6 +199,17 @@ class OptimSpec(_Section):
         return self.lr * (1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
+class BackendSpec(_Section):
+    """What trains: one process, or the processes that torchrun started."""
+
+    name: Literal["auto", "single", "fsdp", "deepspeed"] = Field(
+        "auto", description="auto: single in one process, fsdp in several"
+    )
+    stage: Literal[1, 2, 3] = Field(2, description="deepspeed: what ZeRO shards; 3 shards all")
+    reshard: bool = Field(True, description="fsdp: free a layer's gathered weights between forward and backward")
+    offload: bool = Field(False, description="keep masters and AdamW's moments in the CPU's memory")
+
+
 class EvalSpec(_Section):
     """Evaluation during training, on the engine: avg@k and pass@k."""
 
@@ -228,6 +253,7 @@ class Recipe(_Section):
     rollout: RolloutSpec
     algorithm: AlgorithmSpec = Field(default_factory=lambda: AlgorithmSpec.model_validate({}))
     optim: OptimSpec = Field(default_factory=lambda: OptimSpec.model_validate({}))
+    backend: BackendSpec = Field(default_factory=lambda: BackendSpec.model_validate({}))
     eval: EvalSpec = Field(default_factory=lambda: EvalSpec.model_validate({}))
     checkpoint: CheckpointSpec = Field(default_factory=lambda: CheckpointSpec.model_validate({}))
     compare: CompareSpec = Field(default_factory=lambda: CompareSpec.model_validate({}))
@@ -249,6 +275,12 @@ class Recipe(_Section):
             raise ValueError(
                 f"optim.updates = {self.optim.updates} gradient steps cannot be made from rollout.prompts = "
                 f"{self.rollout.prompts} groups. Lower the one or raise the other"
+            )
+        if self.rollout.ahead and self.rollout.engine != "ray":
+            raise ValueError(
+                f"rollout.ahead = {self.rollout.ahead}: rollout.engine = {self.rollout.engine!r} samples on the machine's "
+                "own share of training, so neither could go on while the other works. Set rollout.engine = 'ray', or "
+                "rollout.ahead = 0"
             )
         if self.eval.every and not self.eval.data:
             raise ValueError(

@@ -1,20 +1,143 @@
-"""Who am I among how many: rank and size, 0 of 1 when alone.
+"""The processes of one run: who am I among how many, and what all of them have to agree on. No-ops when alone.
 
-`torch.distributed` is used where a launcher (torchrun) has set it up; nothing else in tenbit asks for ranks.
+    torchrun --nproc-per-node 8 -m tenbit train RECIPE         eight processes, ranks 0 to 7
+
+    with world.joined():                 joins the others, if a launcher started several
+        folder = world.first(choose)                       rank 0 decides, all get its answer or its error
+        drawn = world.divide(prompts, engine.generate)     each does its share, all get everything, in order
+        world.together(load)                               all do it; if one fails, all raise its error
+
+An error that only one rank sees would leave the others waiting for it, so whatever can fail on a rank alone goes
+through one of these. What no `except` sees (a killed process, a node that is gone) is noticed by `vigil.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
+R = TypeVar("R")
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+# A rank may wait for others that sample, grade or write for long; that one has died is noticed by other means.
+PATIENCE = datetime.timedelta(hours=6)
+_talk: dist.ProcessGroup | None = None  # values, not tensors, travel over gloo, so that no GPU waits for them
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun) started this process as one of several, or as the only one of a group."""
+    return all(key in os.environ for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """The process group, for as long as the context lasts. Nothing happens if no launcher started us."""
+    global _talk
+    if not launched() or dist.is_initialized():
+        yield
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+    _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        _talk = None
+        dist.destroy_process_group()
 
 
 def rank() -> int:
-    return dist.get_rank() if _distributed() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    return dist.get_world_size() if _distributed() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The rank among the processes of this machine: which GPU is ours."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which alone writes to the run folder and to the screen."""
+    return rank() == 0
+
+
+def gather(value: T) -> list[T]:
+    """Everyone's value, by rank, on every rank. Values are pickled."""
+    if size() == 1:
+        return [value]
+    out: list[Any] = [None] * size()
+    dist.all_gather_object(out, value, group=_talk)
+    return out
+
+
+def agree(error: Exception | None) -> None:
+    """Raises, on every rank, the error of the lowest rank that has one."""
+    for number, other in enumerate(gather(error)):
+        if other is not None:
+            raise (error if number == rank() and error is not None else other)
+
+
+def together(act: Callable[[], R]) -> R:
+    """Does it on every rank; if it raises on one, every rank raises that error. `act` may not wait for other ranks."""
+    result, error = _tried(act)
+    agree(error)
+    return result  # type: ignore[return-value]
+
+
+def first(act: Callable[[], R]) -> R:
+    """Does it on rank 0 alone; every rank gets the result, or the error."""
+    result, error = _tried(act) if is_first() else (None, None)
+    if size() > 1:
+        box = [(result, error)]
+        dist.broadcast_object_list(box, src=0, group=_talk)
+        result, error = (result, error) if is_first() else box[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def divide(items: Sequence[T], act: Callable[[Sequence[T]], Sequence[R]], team: int = 1) -> list[R]:
+    """Rank r does ``items[r::size]``; every rank gets all results in the order of the items, or the first error.
+
+    `team` consecutive ranks do the same share (an engine that is spread over them), and the first one's result counts.
+    """
+    teams, mine = size() // team, rank() // team
+    result, error = _tried(lambda: list(act(items[mine::teams])))
+    parts = gather((result if rank() % team == 0 else None, error))
+    for number, (_, other) in enumerate(parts):
+        if other is not None:
+            raise (error if number == rank() and error is not None else other)
+    out: list[Any] = [None] * len(items)
+    for team_number in range(teams):
+        share = parts[team_number * team][0]
+        assert share is not None
+        out[team_number::teams] = share
+    return out
+
+
+def _tried(act: Callable[[], R]) -> tuple[R | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:
+        return None, _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its text if it cannot travel to the other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

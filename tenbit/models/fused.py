@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tenbit.models import kernels
 from tenbit.precision import Format
+
+
+Kind = Literal["layer", "norm"]
 
 
 class _Parts(NamedTuple):
@@ -190,18 +193,30 @@ def fuse(module: nn.Module) -> list[str]:
     None, and nothing changes, where there are no kernels or the model is not on the CPU. Call it when the weights
     have the format that they are computed in.
     """
+    found = fusable(module)
+    fuse_named(module, found)
+    return list(found)
+
+
+def fusable(module: nn.Module) -> dict[str, Kind]:
+    """What `fuse` would replace. The weights must be there: the answer comes from trying it out."""
     device = next((p.device.type for p in module.parameters()), None)
     if device != "cpu" or kernels.library() is None:
-        return []
-    fused: list[str] = []
+        return {}
+    found: dict[str, Kind] = {}
     for name, part in module.named_modules():
-        if any(name.startswith(f"{layer}.") for layer in fused):
+        if any(name.startswith(f"{layer}.") for layer in found):
             continue  # the ordinary way of a fused layer stays ordinary
-        if getattr(vars(part).get("forward"), "__func__", None) in (_layer_forward, _norm_forward):
-            fused.append(name)
-            continue
-        forward = _layer_forward if _fits_layer(part) else _norm_forward if _fits_norm(part) else None
-        if forward is not None:
-            part.forward = types.MethodType(forward, part)
-            fused.append(name)
-    return fused
+        now = getattr(vars(part).get("forward"), "__func__", None)
+        if now is _layer_forward or _fits_layer(part):
+            found[name] = "layer"
+        elif now is _norm_forward or _fits_norm(part):
+            found[name] = "norm"
+    return found
+
+
+def fuse_named(module: nn.Module, found: dict[str, Kind]) -> None:
+    """Fuses what `fusable` found, in this model or in another one of its architecture."""
+    for name, kind in found.items():
+        part: Any = module.get_submodule(name)
+        part.forward = types.MethodType(_layer_forward if kind == "layer" else _norm_forward, part)

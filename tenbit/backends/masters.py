@@ -1,0 +1,136 @@
+"""FP32 master weights, their AdamW and the loss scale: what `single.py` and `fsdp.py` have in common.
+
+Order within `step` (section 3.2, and the order matters): unscale, then measure and clip the norm, then update unless
+an inf or NaN was found, then adjust the scale. A skipped step advances nothing else: not the moments, not AdamW's
+count, not the learning-rate schedule.
+
+Masters may be DTensors, each rank holding a shard of each. Then the norm is of all shards, and a gradient that is not
+finite on any rank counts as found on all: both come from DTensor's own reductions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tenbit.backends import StepStats, TrainerState
+from tenbit.precision import Precision
+from tenbit.recipe import OptimSpec
+from tenbit.types import Overflow
+
+MAX_SKIPS_IN_A_ROW = 50  # from 65536 down to 6e-11: no scale is left to try
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Skips:
+    """Counts updates and skips; a run in which nothing but skips is left ends with the cause."""
+
+    def __init__(self, precision: Precision) -> None:
+        self.updates, self.in_a_row = 0, 0
+        self._format = precision.compute.value
+
+    def count(self, skipped: bool) -> None:
+        """Raises Overflow after MAX_SKIPS_IN_A_ROW skips in a row."""
+        self.updates += not skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= MAX_SKIPS_IN_A_ROW:
+            raise Overflow(
+                f"{self.in_a_row} gradient steps in a row had inf or NaN gradients, whatever the loss scale: the model "
+                f"overflows in {self._format}, forward or backward. Resume from an earlier checkpoint with a lower "
+                "optim.lr, or train with precision = 'bf16' or 'fp32'"
+            )
+
+
+class Masters:
+    """`tensors` by name are updated in place. `total` is the number of gradient steps of the whole run."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], precision: Precision, optim: OptimSpec, total: int, device: torch.device
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.skips = Skips(precision)
+        self._optim, self._total = optim, total
+        self._scaler = precision.scaler(device)
+        self._optimizer = torch.optim.AdamW(
+            list(self.tensors.values()),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the scale; what backward starts from."""
+        return self._scaler.scale(loss)
+
+    def step(self) -> StepStats:
+        """One update from the masters' `.grad`, which are cleared."""
+        lr = self._optim.lr_at(self.skips.updates, self._total)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scale = self._scaler.get_scale()
+        self._scaler.unscale_(self._optimizer)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.tensors.values(), self._optim.max_grad_norm)))
+        if self._scaler.is_enabled():
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            skipped = self._scaler.get_scale() < scale  # lowered exactly when an inf or NaN was found
+        else:
+            skipped = not math.isfinite(norm)
+            if not skipped:
+                self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.skips.count(skipped)
+        return StepStats(None if skipped else norm, scale, skipped, lr)
+
+    def live(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Masters and moments, for `Precision.verify`."""
+        for name, master in self.tensors.items():
+            yield "master", name, master
+            for key, value in self._optimizer.state.get(master, {}).items():
+                if key != "step":
+                    yield "optimizer", f"{name}.{key}", value
+
+    def state(self) -> TrainerState:
+        """Everything that an update depends on; the tensors are the live ones."""
+        tensors = {f"master.{name}": master.detach() for name, master in self.tensors.items()}
+        for name, master in self.tensors.items():
+            tensors |= {f"{key}.{name}": self._moments(master)[key] for key in MOMENTS}
+        scaler = self._scaler.state_dict()  # empty if there is no scale
+        counts = {
+            "updates": self.skips.updates,
+            "skips_in_a_row": self.skips.in_a_row,
+            "loss_scale": scaler.get("scale", 1.0),
+            "clean_steps": scaler.get("_growth_tracker", 0),
+        }
+        return TrainerState(tensors, counts)
+
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        """AdamW makes them at its first update; before that they are zero."""
+        state = self._optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state.update({key: torch.zeros_like(master) for key in MOMENTS})
+        return state
+
+    @torch.no_grad()
+    def restore(self, counts: Mapping[str, float], read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Takes a state back; `read` fills the named tensors in place."""
+        read(self.state().tensors)
+        self.skips.updates, self.skips.in_a_row = int(counts["updates"]), int(counts["skips_in_a_row"])
+        for master in self.tensors.values():
+            self._moments(master)["step"].fill_(counts["updates"])  # skipped steps advanced neither
+        if self._scaler.is_enabled():
+            known = self._scaler.state_dict()
+            scale = {"scale": float(counts["loss_scale"]), "_growth_tracker": int(counts["clean_steps"])}
+            self._scaler.load_state_dict(known | scale)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, on every rank; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

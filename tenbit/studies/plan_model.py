@@ -1,0 +1,228 @@
+"""What a model weighs, found without its weights: parameters on the meta device, activations on fake tensors.
+
+    shape = Shape.of(find_config(recipe.model))        14.77e9 parameters, 40 layers, 160 KiB of cache a token
+    use = measure(config, precision, spec, 22528)       bytes that one micro-batch's forward and backward need
+
+Parameters are counted exactly: the architecture's own class is made on the meta device. Activations are not a formula
+either: the same class runs a micro-batch forward and backward in torch's FakeTensorMode, which carries shapes and
+dtypes but no numbers, and what autograd keeps is summed. The kernels are those that torch chooses for attention without
+an L x L matrix; a GPU's fused kernels may keep a little less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tenbit.backends.scorer import decoder_layers
+from tenbit.models.loading import model_folder
+from tenbit.models.logprobs import CHUNK_ELEMENTS, Head
+from tenbit.precision import Format, Precision
+from tenbit.recipe import ModelSpec
+
+SHAPES = Path(__file__).parents[1] / "models" / "shapes"
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with tenbit, by the last part of the model's name."""
+    return {file.stem: file for file in sorted(SHAPES.glob("*.json"))}
+
+
+def find_config(path: str) -> tuple[Any, str]:
+    """(configuration, where it is from): a folder, the local cache of the hub, a shipped shape, or the hub itself."""
+    shape = shipped().get(Path(path).name)
+    try:
+        place = model_folder(path)
+    except ValueError:
+        if shape is None:
+            raise
+        place = ""  # a folder that has still to be downloaded
+    if place and Path(place).is_dir():
+        return _read(place, path), place
+    with contextlib.suppress(OSError, ValueError):
+        if place:
+            return AutoConfig.from_pretrained(place, local_files_only=True), f"{path}, from the local cache"
+    if shape is not None:
+        return _read(str(shape), path), f"the shape of {shape.stem} that comes with tenbit"
+    return _read(place, path), f"{path}, from the hub"
+
+
+def _read(place: str, path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError, ImportError) as error:
+        known = ", ".join(shipped())
+        raise ValueError(
+            f"model.path = {path!r}: no config.json could be read there ({str(error).strip().splitlines()[0]}). Name a "
+            f"model folder, a model of the Hugging Face hub, or one whose shape comes with tenbit: {known}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts of numbers, not of bytes. `layer` is the largest block that a sharding backend gathers at a time."""
+
+    config: Any
+    parameters: int
+    layers: int
+    layer: int
+    outside: int
+    head: int
+    largest: int
+    largest_name: str
+    cache_per_token: int
+    kv_heads: int
+    hidden: int
+    vocabulary: int
+    context: int
+    active: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """Raises ValueError for an architecture that is not a causal language model with a linear head."""
+        module = _on_meta(config)
+        head = Head.of(module, Format.FP32.dtype).weight
+        text = config.get_text_config()
+        named = dict(module.named_parameters())
+        blocks = decoder_layers(module)
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        name, largest = max(named.items(), key=lambda item: item[1].numel())
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        total = _count(named.values())
+        experts = sum(p.numel() for n, p in named.items() if ".experts." in n)
+        count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+        chosen = getattr(text, "num_experts_per_tok", None) or count
+        return cls(
+            config=config,
+            parameters=total,
+            layers=len(blocks),
+            layer=max(_count(block.parameters()) for block in blocks),
+            outside=_count(p for p in named.values() if id(p) not in inside),
+            head=head.numel(),
+            largest=largest.numel(),
+            largest_name=name,
+            cache_per_token=2 * text.num_hidden_layers * kv_heads * head_dim,
+            kv_heads=kv_heads,
+            hidden=text.hidden_size,
+            vocabulary=head.shape[0],
+            context=getattr(text, "max_position_embeddings", None) or 1 << 30,
+            active=total - experts + experts * chosen // count,
+        )
+
+
+def _count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _on_meta(config: Any) -> Any:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=Format.FP32.dtype)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"model.path: {config.model_type!r} cannot be planned for: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes on one device for a micro-batch of `tokens` padded tokens.
+
+    `kept` lies between the forward and the backward pass; `work` is what the backward pass of one layer (with
+    checkpointing: after computing it again) or of the output head needs on top, gradients of parameters left out.
+    """
+
+    tokens: int
+    kept: int
+    work: int
+
+    @property
+    def peak(self) -> int:
+        return self.kept + self.work
+
+
+def measure(config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool) -> Use:
+    """Runs the architecture on fake tensors: the whole model forward, one layer of it forward and backward."""
+    one = _kept(_shortened(config, 1), precision, spec, tokens, checkpointing)
+    every = _kept(config, precision, spec, tokens, checkpointing)
+    layer = _peak(_shortened(config, 1), precision, spec, tokens, checkpointing) - one
+    return Use(tokens, every, max(layer, head_work(config, precision, tokens)))
+
+
+def head_work(config: Any, precision: Precision, tokens: int) -> int:
+    """The output head's backward pass: chunks of FP32 logits, the weight's FP32 gradient, the hidden states'."""
+    text = config.get_text_config()
+    dtype = Format.of(precision.head_dtype("train"))
+    weight, rows = text.vocab_size * text.hidden_size, max(1, CHUNK_ELEMENTS // text.vocab_size)
+    chunk = min(rows, tokens) * text.vocab_size * (3 * Format.FP32.bytes + dtype.bytes)
+    cast = dtype.bytes * weight if dtype != precision.copy_format else 0
+    back = precision.copy_format.bytes * weight if precision.copy_format != Format.FP32 else 0
+    return chunk + cast + back + Format.FP32.bytes * weight + tokens * text.hidden_size * precision.compute.bytes
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return short
+
+
+@contextlib.contextmanager
+def _fake(config: Any, precision: Precision, spec: ModelSpec, checkpointing: bool) -> Iterator[Any]:
+    """The module on fake tensors, in the format that training holds it in."""
+    # Fake tensors know grouped products (mixtures of experts) in one 16-bit format only; the bytes are the same.
+    form = Format.BF16 if precision.copy_format.bytes == Format.BF16.bytes else precision.copy_format
+    eager = "eager" if spec.attention == "eager" else "sdpa"  # a flash kernel keeps what sdpa's keeps
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module: Any = AutoModelForCausalLM.from_config(config, dtype=form.dtype, attn_implementation=eager)
+        if checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        yield module.train()
+
+
+def _forward(module: nn.Module | Any, precision: Precision, tokens: int) -> torch.Tensor:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    with precision.autocast("cpu"):
+        return module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _kept(config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool) -> int:
+    """Bytes that autograd holds after the forward pass, each storage once, parameters left out."""
+    with _fake(config, precision, spec, checkpointing) as module:
+        parameters = {p.untyped_storage()._cdata for p in module.parameters()}
+        held: dict[int, torch.UntypedStorage] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                held[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = _forward(module, precision, tokens)
+        note(hidden)  # the head keeps it
+        return sum(storage.nbytes() for storage in held.values())
+
+
+def _peak(config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool) -> int:
+    """Most bytes at a time over forward and backward, parameters and their gradients left out."""
+    with _fake(config, precision, spec, checkpointing) as module:
+        tracker = MemTracker()
+        tracker.track_external(module)
+        with tracker:
+            _forward(module, precision, tokens).sum().backward()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return sum(size for kind, size in peak.items() if str(getattr(kind, "value", kind)) in ("Activation", "Temp"))
