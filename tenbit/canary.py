@@ -25,8 +25,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from tenbit import world
 from tenbit.backends import Backend
 from tenbit.batching import collate, ungraded
 from tenbit.engines import Engine
@@ -44,6 +46,22 @@ JUMP = 8.0  # times the errors before
 SLOPE_OFF, SURE = 0.1, 6.0  # how far from 1 a slope may be, besides so many standard errors
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One engine's side of a proof: a response of its own, and log mu ``[T]`` of each sequence."""
+
+    drawn: Completion
+    scored: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The trainer's side: log pi ``[T]`` float64 of each sequence, and of drawn responses."""
+
+    sequences: list[Tensor]
+    drawn: dict[tuple[int, ...], Tensor]
 
 
 @dataclass
@@ -79,19 +97,47 @@ class Canary:
         return cls(sequences, prompt, plain, bound, same, model.pad_token_id)
 
     def prove(self, engine: Engine, backend: Backend) -> float:
-        """The relative error of the engine's current weights. Raises Undelivered if it is no rounding error."""
-        drawn = engine.generate([Prompt(self.prompt, seed=0)], self.sampling)  # first: nothing may be cached yet
-        scored = engine.score(self.sequences, self.sampling)
-        rows = [Completion(p, r, logp, "length") for (p, r), logp in zip(self.sequences, scored, strict=True)]
-        batch = collate([ungraded(c) for c in [*rows, *drawn]], self.pad_token_id)
-        pi, mu, mask = backend.logprobs(batch).cpu().double(), batch.logp_rollout.double(), batch.mask
-        fixed = (pi[: len(rows)][mask[: len(rows)]], mu[: len(rows)][mask[: len(rows)]])
-        errors = [_relative(p[m], q[m]) for p, q, m in zip(pi, mu, mask, strict=True)]
+        """The relative error of the engine's current weights, of all its members. Raises Undelivered on every rank if
+        on any of them it is no rounding error.
+        """
+        answers = world.together(lambda: self.ask(engine))
+        drawn = list(dict.fromkeys(a.drawn.response_ids for rank in world.gather(answers) for a in rank))
+        pi = self.expect(backend, drawn)
+        return world.together(lambda: self.judge(answers, pi))
+
+    def ask(self, engine: Engine) -> list[Answer]:
+        """The sampler's side: what each member draws after the prompt, and its scores of the sequences."""
+        found = []
+        for member in engine.members():
+            (drawn,) = member.generate([Prompt(self.prompt, seed=0)], self.sampling)  # first: nothing may be cached yet
+            found.append(Answer(drawn, member.score(self.sequences, self.sampling)))
+        return found
+
+    def expect(self, backend: Backend, drawn: Sequence[tuple[int, ...]] = ()) -> Expected:
+        """The trainer's side: log pi of the sequences, and of what was drawn. Every rank asks for the same."""
+        tokens = [*self.sequences, *((self.prompt, response) for response in drawn)]
+        rows = [ungraded(Completion(p, r, torch.zeros(len(r)), "length")) for p, r in tokens]
+        batch = collate(rows, self.pad_token_id)
+        pi = [p[m].double() for p, m in zip(backend.logprobs(batch).cpu(), batch.mask, strict=True)]
+        n = len(self.sequences)
+        return Expected(pi[:n], dict(zip(drawn, pi[n:], strict=True)))
+
+    def judge(self, answers: Sequence[Answer], pi: Expected) -> float:
+        """Holds the two sides against each other. What was drawn counts where the trainer has scored it."""
+        return max((self._judge_one(answer, pi) for answer in answers), default=0.0)
+
+    def _judge_one(self, answer: Answer, pi: Expected) -> float:
+        pairs = [*zip(pi.sequences, (mu.double() for mu in answer.scored), strict=True)]
+        fixed = torch.cat([p for p, _ in pairs]), torch.cat([q for _, q in pairs])
+        drawn = pi.drawn.get(answer.drawn.response_ids)
+        if drawn is not None:
+            pairs.append((drawn, answer.drawn.logp.double()))
+        errors = [_relative(p, q) for p, q in pairs]
         error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
         bound = self._bound_now()
         if not error <= bound:  # NaN included
             far = errors.index(error)
-            what = f"canary of {int(mask[far].sum())} tokens" + (" drawn by the engine" if far >= len(rows) else "")
+            what = f"canary of {len(pairs[far][0])} tokens" + (" drawn by the engine" if far >= len(self.sequences) else "")
             raise undelivered(
                 f"{what}: the log-probabilities of sampler and trainer differ by {error:.2g} (relative, root mean "
                 f"square); rounding explains at most {bound:.2g}"
@@ -114,10 +160,10 @@ class Canary:
         size = float(moved_pi.square().sum())
         noise = float((now[0] - now[1]).square().mean())
         if size > 0 and self._noise > 0:
-            self._judge(float((moved_pi * moved_mu).sum()) / size, size, len(moved_pi))
+            self._judge_slope(float((moved_pi * moved_mu).sum()) / size, size, len(moved_pi))
         self._noise = max(self._noise, noise)  # of accepted proofs: a stale part must not excuse itself
 
-    def _judge(self, slope: float, size: float, tokens: int) -> None:
+    def _judge_slope(self, slope: float, size: float, tokens: int) -> None:
         # rounding blurs the slope, and, being part of the trainer's movement too, draws it towards 0
         unsure = SURE * math.sqrt(2 * self._noise / size) + 2 * tokens * self._noise / size
         if abs(slope - 1) > SLOPE_OFF + unsure:

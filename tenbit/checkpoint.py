@@ -1,24 +1,39 @@
-"""Checkpoints: written whole or not at all, so that a killed run finds only complete ones.
+"""Checkpoints: sharded, written in the background, and whole or not at all, so that a killed run finds only complete ones.
 
-A checkpoint is a folder ``checkpoints/step-000010``: the backend's state and ``state.json`` (step, place in the
-data order). It is written beside its final place, synced to disk, and renamed; a rename is atomic.
-The model a run ends with is exported in the format that was rolled out, so what is deployed is what was trained for.
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    checkpoints.save(backend, progress)         copies this rank's share, and returns; the disk is written meanwhile
+    checkpoints.wait()                          until it is
+
+A checkpoint is a folder ``step-000010``: ``trainer/`` holds masters and moments in torch.distributed.checkpoint's format,
+each rank having written its shards; ``state.json`` says how far the run is, with the loss scale and the counts. The
+format is the same for every backend and knows no number of ranks, so a run may go on with another of either. It is
+written beside its final place, synced to disk, and renamed; a rename is atomic.
+
+Problems, responses and evaluations draw from seeds made of the recipe's seed, the step and the place, so no random
+state decides a run. Those of the libraries are kept all the same, for code of the user's own.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
+import random
 import shutil
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from tenbit import world
 from tenbit.backends import Backend
-from tenbit.models.loading import Model
-from tenbit.precision import Precision
+
+TRAINER, HELD = "trainer", "held.pt"
 
 
 @dataclass(frozen=True)
@@ -29,20 +44,67 @@ class Progress:
     position: int = 0
 
 
-def save(folder: Path, backend: Backend, progress: Progress, keep: int) -> Path:
-    """Writes ``folder/step-N`` atomically, then removes all but the newest `keep`."""
-    folder.mkdir(exist_ok=True)
-    final = folder / f"step-{progress.step:06d}"
-    draft = folder / f".{final.name}.tmp"
-    for left in folder.glob(".step-*.tmp"):  # by a run that was killed while it wrote or removed one
+class Checkpoints:
+    """Writes a run's checkpoints, one at a time. Every method is called on all ranks."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._writing: Future[Any] | None = None
+        self.newest: int | None = None  # the step of the last one that was begun
+
+    def save(self, backend: Backend, progress: Progress, held: Any = None) -> None:
+        """Begins ``step-N``; the training state is copied before this returns, so training may go on.
+
+        `held` is what rank 0 keeps besides, in plain values and tensors. Raises what went wrong with the one before.
+        """
+        self.wait()
+        self.newest = progress.step
+        final = self._folder / f"step-{progress.step:06d}"
+        draft = self._folder / f".{final.name}.tmp"
+        world.first(lambda: _begin(draft))
+        state = backend.state()
+
+        def describe() -> None:
+            torch.save(random_state(), draft / f"random-{world.rank()}.pt")
+            if world.is_first():
+                torch.save(held, draft / HELD)
+                about = {**asdict(progress), "ranks": world.size(), "trainer": state.counts}
+                (draft / "state.json").write_text(json.dumps(about, indent=1))
+
+        world.together(describe)
+        writing: Any = dcp.async_save(
+            state.tensors,
+            checkpoint_id=draft / TRAINER,
+            process_group=world.writers(),
+            no_dist=world.size() == 1,
+        )
+        self._writing = _then(writing, lambda: self._commit(draft, final)) if world.is_first() else writing
+
+    def _commit(self, draft: Path, final: Path) -> None:
+        replace_folder(draft, final)
+        for old in complete(self._folder)[: -self._keep]:
+            shutil.rmtree(old.rename(self._folder / f".{old.name}.tmp"))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk, on all ranks; raises OSError if it could not be written."""
+
+        def finish() -> None:
+            writing, self._writing = self._writing, None
+            if writing is not None:
+                try:
+                    writing.result()
+                except CheckpointException as error:
+                    cause = next(iter(error.failures.values()))[0]
+                    raise OSError(f"{self._folder}: a checkpoint could not be written: {cause}") from error
+
+        world.together(finish)
+
+
+def _begin(draft: Path) -> None:
+    draft.parent.mkdir(exist_ok=True)
+    for left in draft.parent.glob(".step-*.tmp"):  # by a run that was killed while it wrote or removed one
         shutil.rmtree(left)
     draft.mkdir()
-    backend.save(draft)
-    (draft / "state.json").write_text(json.dumps(asdict(progress)))
-    replace_folder(draft, final)
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))
-    return final
 
 
 def complete(folder: Path) -> list[Path]:
@@ -56,42 +118,76 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def at(folder: Path, step: int) -> bool:
-    """Whether there is a complete checkpoint of this step."""
-    return any(int(p.name.removeprefix("step-")) == step for p in complete(folder))
-
-
 def load_progress(checkpoint: Path) -> Progress:
     """How far the run was when the checkpoint was written."""
-    return Progress(**json.loads((checkpoint / "state.json").read_text()))
+    about = json.loads((checkpoint / "state.json").read_text())
+    return Progress(about["step"], about["position"])
 
 
-def export(folder: Path, model: Model, backend: Backend, precision: Precision) -> None:
-    """A Hugging Face model folder with tokenizer, in `precision.export`. Tied tensors stay tied."""
-    dtype = precision.export.dtype
-    cast: dict[int, Tensor] = {}
-    state = {}
-    for name, tensor in backend.weights():
-        key = tensor.data_ptr()
-        if key not in cast:
-            cast[key] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
-        state[name] = cast[key]
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.module.save_pretrained(draft, state_dict=state)
-    config = copy.deepcopy(model.module.config)
-    config.dtype = dtype  # save_pretrained wrote the dtype of the module, which is the trainer's
-    config.save_pretrained(draft)
-    model.tokenizer.save_pretrained(draft)
-    replace_folder(draft, folder)
+def load(checkpoint: Path, backend: Backend) -> None:
+    """Puts a backend of any kind and number of ranks into the saved state. Raises ValueError if it does not fit."""
+    about = json.loads((checkpoint / "state.json").read_text())
+    if "trainer" not in about:
+        raise ValueError(f"{checkpoint}: written by a tenbit before 0.2, whose checkpoints this one does not read")
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        try:
+            dcp.load(dict(tensors), checkpoint_id=checkpoint / TRAINER, no_dist=True)
+        except (CheckpointException, RuntimeError, ValueError) as error:
+            cause = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"{checkpoint}: does not fit the model: {cause}. It is damaged, or of another model than model.path"
+            ) from error
+
+    backend.restore(about["trainer"], read)
+    own = checkpoint / f"random-{world.rank()}.pt"
+    if own.exists() and about["ranks"] == world.size():
+        set_random_state(torch.load(own, weights_only=True))
+
+
+def load_held(checkpoint: Path) -> Any:
+    """What rank 0 gave to `save` besides."""
+    return torch.load(checkpoint / HELD, weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Of the libraries that a user's own code may draw from."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    numpy = [str(name), torch.tensor(np.asarray(keys, dtype=np.int64)), *rest]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+def _then(writing: Future[Any], act: Any) -> Future[None]:
+    """A future that is done when `act` has followed on `writing`."""
+    followed: Future[None] = Future()
+
+    def follow(done: Future[Any]) -> None:
+        try:
+            done.result()
+            act()
+            followed.set_result(None)
+        except BaseException as error:
+            followed.set_exception(error)
+
+    writing.add_done_callback(follow)
+    return followed
 
 
 def replace_folder(draft: Path, final: Path) -> None:
     """Moves a complete draft to its place: contents on disk first, then the name."""
-    for file in draft.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    _sync(draft)
+    for path in [*draft.rglob("*"), draft]:
+        _sync(path)
     if final.exists():
         shutil.rmtree(final)
     draft.rename(final)

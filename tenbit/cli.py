@@ -1,4 +1,4 @@
-"""The command line: `tenbit train`, `evaluate`, `probe`, `report`, `recipes`, `algorithms`, `precisions`.
+"""The command line: `tenbit train`, `evaluate`, `probe`, `plan`, `report`, `recipes`, `algorithms`, `precisions`.
 
 Bad input ends with one message that names the file, the key and the remedy, and exit status 2; a stopped run that
 can go on ends with 130. `TENBIT_TRACEBACK=1` shows where an error came from.
@@ -38,31 +38,36 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of the run folder")] = False,
 ) -> None:
     """Fine-tune a model by reinforcement learning as a recipe says."""
+    from tenbit import vigil, world
     from tenbit.loop import Interrupted
     from tenbit.loop import train as run_training
     from tenbit.recipe import Recipe
     from tenbit.report import write_report
     from tenbit.runlog import default_console, show_summary
-    from tenbit.types import EngineFailed, Overflow
 
-    console = default_console()
-    try:
-        folder = run_training(Recipe.load(recipe, overrides or []), out, resume=resume, console=console)
-    except Interrupted as stop:
-        write_report(stop.folder)
-        again = ["tenbit", "train", str(recipe), *(overrides or []), "--out", str(stop.folder), "--resume"]
-        console.print(
-            Text(f"Stopped after step {stop.step}. To go on:"), Text(shlex.join(again), style="bold"), sep="\n  "
-        )
-        raise typer.Exit(STOPPED) from None
-    except KeyboardInterrupt:
-        print("tenbit: stopped at once; a run goes on from its last checkpoint with --resume", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
-    except (OSError, Overflow, EngineFailed):
-        print("tenbit: the run ends here; it goes on from its last checkpoint with --resume", file=sys.stderr)
-        raise
-    write_report(folder)
-    show_summary(folder, console)
+    with vigil.kept(), world.joined():
+        console = default_console() if world.is_first() else Console(quiet=True)
+        try:
+            folder = run_training(Recipe.load(recipe, overrides or []), out, resume=resume, console=console)
+        except Interrupted as stop:
+            if world.is_first():
+                write_report(stop.folder)
+            again = ["tenbit", "train", str(recipe), *(overrides or []), "--out", str(stop.folder), "--resume"]
+            console.print(
+                Text(f"Stopped after step {stop.step}. To go on:"), Text(shlex.join(again), style="bold"), sep="\n  "
+            )
+            stopped = True
+        except KeyboardInterrupt:
+            if vigil.failed_first("stopped at once"):
+                print("tenbit: stopped at once; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
+        else:
+            stopped = False
+            if world.is_first():
+                write_report(folder)
+                show_summary(folder, console)
+    if stopped:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
@@ -215,6 +220,33 @@ def probe(
         raise typer.Exit(STOPPED) from None
 
 
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/dense_14b.toml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optim.token_budget=8192")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the whole run")] = 1,
+    memory: Annotated[float, typer.Option(metavar="GB", help="memory of one GPU")] = 80,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs in one machine")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(help="the longest prompt")] = 2048,
+    json_output: Annotated[bool, typer.Option("--json", help="everything, in bytes, for machines")] = False,
+) -> None:
+    """Say what fits on given GPUs, item by item, and the command that runs it. Needs no GPU and no weights."""
+    import json
+
+    from tenbit.recipe import Recipe
+    from tenbit.studies.plan import Machine, as_json, make_plan
+    from tenbit.studies.plan_screen import show
+
+    machine = Machine(gpus, memory, gpus_per_node)
+    found = make_plan(Recipe.load(recipe, overrides or []), str(recipe), machine, prompt_tokens)
+    if json_output:
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        show(found, Console(highlight=False, width=max(100, Console().width)), overrides or [])
+
+
 def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for i, head in enumerate(heads):
@@ -226,9 +258,10 @@ def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def main() -> None:
-    """Entry point: user errors become one message and exit status 2."""
+    """Entry point: user errors become one message and exit status 2. Of several ranks, the first to fail speaks."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from tenbit import vigil
     from tenbit.types import EngineFailed, Overflow
 
     try:
@@ -236,14 +269,29 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("TENBIT_TRACEBACK"):
             raise
-        print(f"tenbit: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(BAD_INPUT)
-    except (
-        OSError,
-        Overflow,
-        EngineFailed,
-    ) as error:  # a full disk, a folder that may not be written, a run that diverged
+    except (OSError, Overflow, EngineFailed) as error:  # a full disk, a run that diverged, an engine that died
         if os.environ.get("TENBIT_TRACEBACK"):
             raise
-        print(f"tenbit: {error}", file=sys.stderr)
+        _say(error, "The run ends here; it goes on from its last checkpoint with --resume" if _training() else "")
         sys.exit(1)
+    except Exception as error:
+        if vigil.alone():
+            raise
+        vigil.wait_for_cause(error)
+        if vigil.failed_first(f"{type(error).__name__}: {error}"):
+            raise
+        sys.exit(1)
+
+
+def _training() -> bool:
+    return sys.argv[1:2] == ["train"]
+
+
+def _say(error: Exception, more: str = "") -> None:
+    from tenbit import vigil, world
+
+    if vigil.failed_first(str(error)):
+        where = "" if vigil.alone() or isinstance(error, ValueError) else f"rank {world.rank()}: "
+        print(f"tenbit: {where}{error}", *([f"tenbit: {more}"] if more else []), sep="\n", file=sys.stderr, flush=True)

@@ -78,7 +78,7 @@ def judge(policy: Policy, asked: Sequence[Asked], drawn: Sequence[Sequence[Compl
     grader = policy.grader
     every = [(a.problem, completion) for a, group in zip(asked, drawn, strict=True) for completion in group]
     texts = [str(policy.tokenizer.decode(list(c.response_ids), skip_special_tokens=True)) for _, c in every]
-    grades = grader.grade([(problem, text) for (problem, _), text in zip(every, texts, strict=True)])
+    grades = policy.grade([(problem, text) for (problem, _), text in zip(every, texts, strict=True)])
     singles = iter(
         Judged(g.correct, g.reward, answer_of(grader, text), None, c.length, c.finish, g.failure, text)
         for (_, c), text, g in zip(every, texts, grades, strict=True)

@@ -1,11 +1,12 @@
 """The training loop, to be read in one sitting.
 
-    for every step:   weights -> engine; sample; grade; advantages; batches
+    for every step:   weights -> engine; sample; grade; advantages; batches     (when and how: sampler.py)
                       [score under theta' where the algorithm needs it]
                       for every gradient step: accumulate micro-batches; unscale, clip, update
                       [evaluate]; log; [checkpoint]
 
-It knows neither how the engine samples nor how the backend trains. The mismatch is measured at the first gradient
+It knows neither how the engine samples nor how the backend trains, nor how many ranks there are: each makes the same
+batches and takes its share of them, statistics are gathered, and rank 0 writes. The mismatch is measured at the first gradient
 step, where theta = theta' and what differs is numerics alone: on the scores that Equations 8 to 10 need anyway, or
 on the first forward pass of Equations 5 to 7; it never costs a pass of its own.
 """
@@ -17,14 +18,14 @@ import json
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
 
-from tenbit import algorithms, checkpoint, mismatch, world
+from tenbit import algorithms, mismatch, world
 from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import Algorithm
 from tenbit.backends import LossFunction, StepStats
@@ -34,9 +35,11 @@ from tenbit.clock import Clock
 from tenbit.evaluate import evaluate
 from tenbit.mismatch import Mismatch
 from tenbit.recipe import Recipe
-from tenbit.rollout import collect, rows
+from tenbit.export import export
+from tenbit.rollout import rows
 from tenbit.run import Run, open_run
 from tenbit.runlog import write_atomic
+from tenbit.sampler import Supply, apart_and_drift, deliver
 from tenbit.types import Batch, EngineFailed, Stats, Totals, merge
 
 Metrics = dict[str, float | int | None]
@@ -57,24 +60,29 @@ def train(
 ) -> Path:
     """Runs a recipe to its end and returns the run folder. Raises ValueError for bad input, Interrupted on Ctrl-C."""
     out = Path(out) if out is not None else None
-    with open_run(recipe, out, resume, console) as run, stop_requested() as stopping, saved_if_engine_fails(run):
+    with (
+        world.joined(),
+        open_run(recipe, out, resume, console) as run,
+        stop_requested() as stopping,
+        saved_if_engine_fails(run),
+    ):
         verify_precision(run)
         if run.progress.step == 0 and run.eval_sets:
             run.log.log(0, evaluate_now(run, Clock()))
         while run.progress.step < recipe.steps:
             step, clock = run.progress.step + 1, Clock()
             metrics = train_step(run, step, clock)
-            run.progress = Progress(step, run.stream.position)
+            stop = any(world.gather(stopping.is_set()))
             last = step == recipe.steps
             try:
                 if run.eval_sets and (last or step % recipe.eval.every == 0):
                     metrics |= evaluate_now(run, clock)
             finally:  # an engine that dies while it evaluates leaves a step that was trained
                 run.log.log(step, metrics | times(clock))
-            due = recipe.checkpoint.every and step % recipe.checkpoint.every == 0
-            if last or due or stopping.is_set():
-                checkpoint.save(run.folder / "checkpoints", run.backend, run.progress, recipe.checkpoint.keep)
-            if stopping.is_set() and not last:
+            if last or stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
+                save(run)
+            if stop and not last:
+                run.checkpoints.wait()
                 raise Interrupted(run.folder, step)
         finish(run)
     return run.folder
@@ -87,19 +95,27 @@ def saved_if_engine_fails(run: Run) -> Iterator[None]:
         yield
     except EngineFailed as error:
         step = run.progress.step
-        if step and not checkpoint.at(run.folder / "checkpoints", step):
-            checkpoint.save(run.folder / "checkpoints", run.backend, run.progress, run.recipe.checkpoint.keep)
+        if step and step != run.checkpoints.newest:
+            save(run)
+        run.checkpoints.wait()
         raise type(error)(f"{error}. The run is saved as it was after step {step}") from error
+
+
+def save(run: Run) -> None:
+    """A checkpoint of what is trained, and of what was sampled ahead of it."""
+    with contextlib.suppress(EngineFailed):  # what it was sampling is lost, and will be sampled anew
+        run.sampler.settle()
+    held, position = run.sampler.held()
+    progress = run.progress if position is None else replace(run.progress, position=position)
+    run.checkpoints.save(run.backend, progress, held)
 
 
 def train_step(run: Run, step: int, clock: Clock) -> Metrics:
     """One policy iteration: sample under theta', then `optim.updates` gradient steps."""
     recipe, algorithm = run.recipe, run.recipe.algorithm.build()
-    send_weights(run, clock)
-    failed_before = Counter(run.policy.grader.failures)
     run.log.phase("sampling")
-    collected = collect(run.policy, run.stream, recipe, step, clock)
-    run.engine.rest()
+    supply = run.sampler.supply(step, clock)
+    collected = supply.collected
     run.log.samples(step, [r for group in collected.sampled for r in group], recipe.log_samples)
     updates = make_updates(rows(collected.groups, ADVANTAGES[algorithm.advantage]), run)
     run.log.phase("training")
@@ -119,14 +135,33 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
             steps.append(run.backend.step())
     if step == 1:
         recipe.precision.verify(run.backend.live())  # AdamW's moments; there were none before
+    run.progress = Progress(step, supply.position)
     sampled_tokens = sum(r.completion.length for group in collected.sampled for r in group)
     return {
         **collected.metrics,
-        **{f"mismatch/{k}": v for k, v in sum(measured, Mismatch()).metrics(algorithm.cap).items()},
-        **summarise(merge(stats), steps),
-        **{f"grade/{kind}": n for kind, n in (run.policy.grader.failures - failed_before).items()},
+        **mismatch_metrics(supply, gathered(measured), step, algorithm),
+        **summarise(merge(world.gather(merge(stats))), steps),
+        **{f"grade/{kind}": n for kind, n in supply.failures.items()},
+        **{f"ahead/{name}": seconds for name, seconds in supply.seconds.items()},
         "perf/tokens_per_second": sampled_tokens / clock.total,
     }
+
+
+def gathered(measured: Sequence[Mismatch]) -> Mismatch:
+    """What was measured on all ranks."""
+    return sum(world.gather(sum(measured, Mismatch())), Mismatch())
+
+
+def mismatch_metrics(supply: Supply, measured: Mismatch, step: int, algorithm: Algorithm) -> Metrics:
+    """``mismatch/``: numerics alone. Ahead of training it is the small sample's, scored under the weights that sampled
+    it; ``drift/`` is what the policy moved since, ``total/`` both at once, which is what corrections see.
+    """
+    two = apart_and_drift(supply)
+    parts = {"mismatch": measured} if two is None else {"mismatch": two[0], "drift": two[1], "total": measured}
+    lags = [step - 1 - r.completion.version for group in supply.collected.sampled for r in group]
+    staleness = {} if two is None else {"staleness/mean": sum(lags) / len(lags), "staleness/max": max(lags)}
+    named = {f"{part}/{k}": v for part, m in parts.items() for k, v in m.metrics(algorithm.cap).items()}
+    return {**named, **staleness}
 
 
 def make_updates(groups: Sequence[list[Row]], run: Run) -> list[Update]:
@@ -178,10 +213,10 @@ def summarise(stats: Stats, steps: Sequence[StepStats]) -> Metrics:
 
 
 def send_weights(run: Run, clock: Clock) -> None:
-    """The masters, cast once by the plan, into the engine, and proof of it; their version is the steps done."""
+    """The current weights into the engine, with proof."""
     with clock("sync"):
-        run.engine.load_weights(run.recipe.precision.to_engine(run.backend.weights()), run.progress.step)
-        run.canary.prove(run.engine, run.backend)
+        run.sampler.settle()
+        deliver(run.engine, run.backend, run.recipe, run.canary, run.progress.step)
 
 
 def evaluate_now(run: Run, clock: Clock) -> Metrics:
@@ -210,9 +245,10 @@ def times(clock: Clock) -> Metrics:
 def finish(run: Run) -> None:
     """The final model and the summary of the run."""
     run.log.phase("exporting")
-    checkpoint.export(run.folder / "model", run.model, run.backend, run.recipe.precision)
+    export(run.folder / "model", run.model, run.backend, run.recipe.precision)
     done = {"steps": run.progress.step, "precision": run.recipe.precision.name, "algorithm": run.recipe.algorithm.name}
-    write_atomic(run.folder / "summary.json", json.dumps(done, indent=1).encode() + b"\n")
+    if world.is_first():
+        write_atomic(run.folder / "summary.json", json.dumps(done, indent=1).encode() + b"\n")
 
 
 @contextlib.contextmanager

@@ -219,6 +219,24 @@ class Precision(_Value):
         gathered = self.copy_format
         return MixedPrecisionPolicy(param_dtype=gathered.dtype, reduce_dtype=self.reduce.dtype)
 
+    def deepspeed(self) -> dict[str, Any]:
+        """The sections of a DeepSpeed configuration that set formats. Raises ValueError for a plan it cannot follow.
+
+        The loss scale there is a fixed one: `backends/deepspeed.py` moves it by this plan's rules.
+        """
+        if self.casting == "autocast":
+            raise ValueError(
+                "precision.casting = 'autocast': DeepSpeed computes with a 16-bit copy of the weights, not by autocast. "
+                "Remove the key, or set backend.name = 'fsdp' or 'single'"
+            )
+        sums = self.reduce.value
+        sections: dict[str, Any] = {"communication_data_type": sums, "data_types": {"grad_accum_dtype": sums}}
+        if self.has_copy:
+            sections[self.compute.value] = {"enabled": True}
+        if self.loss_scale is not None:
+            sections[self.compute.value]["loss_scale"] = self.loss_scale.initial
+        return sections
+
     def scaler(self, device: torch.device | str) -> torch.amp.GradScaler:
         """The loss scaler; without a loss scale it is switched off and passes everything through."""
         rules = self.loss_scale

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tenbit import world
 from tenbit.advantages import Advantage
 from tenbit.batching import Row
 from tenbit.clock import Clock
 from tenbit.engines import Engine
 from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
-from tenbit.tasks.grading import Grader
-from tenbit.types import Prompt, Rollout, Sampling
+from tenbit.tasks.grading import Grade, Grader
+from tenbit.types import Problem, Prompt, Rollout, Sampling
 
 Group = list[Rollout]
 
@@ -80,12 +82,20 @@ class ProblemStream:
 
 @dataclass(frozen=True)
 class Policy:
-    """mu, as something that answers problems: an engine with its tokenizer, its grader and its sampling."""
+    """mu, as something that answers problems: an engine with its tokenizer, its grader and its sampling.
+
+    `divided`: on several ranks each grades a share and gets all grades. Not so where one rank samples by itself.
+    """
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     grader: Grader
     sampling: Sampling
+    divided: bool = True
+
+    def grade(self, answered: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """One grade per (problem, response text), in order."""
+        return world.divide(answered, self.grader.grade) if self.divided else self.grader.grade(answered)
 
     def answer(self, asked: Sequence[Asked], samples: int, seed: tuple[object, ...], clock: Clock) -> list[Group]:
         """`samples` graded responses to each problem, in order. `seed` names this call."""
@@ -94,7 +104,7 @@ class Policy:
         with clock("grade"):
             texts = [str(self.tokenizer.decode(list(c.response_ids), skip_special_tokens=True)) for c in completions]
             problems = [a.problem for a in asked for _ in range(samples)]
-            grades = self.grader.grade(list(zip(problems, texts, strict=True)))
+            grades = self.grade(list(zip(problems, texts, strict=True)))
         rollouts = [
             Rollout(problem, completion, text, grade.reward, grade.correct, i // samples)
             for i, (problem, completion, text, grade) in enumerate(
@@ -112,6 +122,7 @@ class Collected:
     sampled: list[Group]
     rounds: int
     metrics: dict[str, float] = field(default_factory=dict)
+    failures: Counter[str] = field(default_factory=Counter)  # of the grader, by kind; in this process
 
 
 def collect(policy: Policy, stream: ProblemStream, recipe: Recipe, step: int, clock: Clock) -> Collected:
@@ -120,6 +131,7 @@ def collect(policy: Policy, stream: ProblemStream, recipe: Recipe, step: int, cl
     After `rollout.max_rounds` it makes do with the groups it has; there may be none.
     """
     wanted = recipe.rollout.prompts
+    failed_before = Counter(policy.grader.failures)
     kept: list[Group] = []
     sampled: list[Group] = []
     rounds = 0
@@ -131,7 +143,8 @@ def collect(policy: Policy, stream: ProblemStream, recipe: Recipe, step: int, cl
         rounds += 1
         sampled += groups
         kept += [g for g, is_useful in zip(groups, useful, strict=True) if is_useful]
-    return Collected(kept[:wanted], sampled, rounds, _describe(kept, sampled, rounds))
+    failures = policy.grader.failures - failed_before
+    return Collected(kept[:wanted], sampled, rounds, _describe(kept, sampled, rounds), failures)
 
 
 def informative(group: Group) -> bool:

@@ -3,7 +3,8 @@
     with open_run(recipe, out, resume) as run: ...
 
 Everything that can be wrong with a recipe, its files or its model is found here, before the folder is made; an
-earlier run is never touched. A folder holds one run at a time (a lock file sees to it).
+earlier run is never touched. A folder holds one run at a time (a lock file sees to it). On several ranks all have a
+`Run`; rank 0 alone touches the folder, and what goes wrong on one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tenbit import checkpoint
-from tenbit.backends.single import SingleBackend
+from tenbit import checkpoint, world
+from tenbit.backends import Backend
+from tenbit.backends.choose import backend_name, make_backend
 from tenbit.canary import Canary
-from tenbit.checkpoint import Progress
+from tenbit.checkpoint import Checkpoints, Progress
 from tenbit.compare import compare
 from tenbit.engines import Engine
 from tenbit.engines.choose import make_engine
+from tenbit.engines.spread import pool_of, spread, team_of
 from tenbit.folder import check_same, choose_folder, locked, make_folder
 from tenbit.models import loading
 from tenbit.prompts import Asked, ask, ask_evals
 from tenbit.recipe import Recipe
 from tenbit.rollout import Policy, ProblemStream
-from tenbit.runlog import RunLog, default_console, write_atomic
-from tenbit.tasks.grading import open_grader
+from tenbit.runlog import Log, NoLog, RunLog, default_console, write_atomic
+from tenbit.sampler import Ahead, OnPolicy, Sampler
+from tenbit.tasks.grading import Grader, open_grader
 from tenbit.types import Overflow
 
 
@@ -41,11 +45,12 @@ class Run:
     folder: Path
     model: loading.Model
     policy: Policy
-    backend: SingleBackend
-    stream: ProblemStream
+    backend: Backend
+    sampler: Sampler
     eval_sets: dict[str, list[Asked]]
-    log: RunLog
+    log: Log
     canary: Canary
+    checkpoints: Checkpoints
     progress: Progress
 
     @property
@@ -55,48 +60,88 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | None = None) -> Iterator[Run]:
-    """Checks everything, then makes or reopens the run folder. Raises ValueError with the remedy."""
-    folder = choose_folder(recipe, out, resume)
-    if resume:
-        check_same(recipe, folder)
+    """Checks everything, then makes or reopens the run folder. Raises ValueError with the remedy, on all ranks."""
+    backend_name(recipe.backend)
+    folder = world.first(lambda: _folder(recipe, out, resume))
     console = console or default_console()
-    model = loading.load(recipe.model, recipe.rollout.stop_tokens)
-    train = ask(recipe.task.data, recipe, model, recipe.rollout.max_tokens, recipe.task.limit)
-    evals = ask_evals(recipe, model)
+    model = loading.load(recipe.model, recipe.rollout.stop_tokens, shared=world.size() > 1)
+    limit, longest = recipe.task.limit, recipe.rollout.max_tokens
+    train = world.together(lambda: ask(recipe.task.data, recipe, model, longest, limit))
+    evals = world.together(lambda: ask_evals(recipe, model))
     with contextlib.ExitStack() as stack:
-        task = recipe.task
-        grader = stack.enter_context(
-            open_grader(
-                task.grader, workers=task.grade_workers, timeout=task.grade_timeout, failed_reward=task.failed_reward
-            )
-        )
+        grader = stack.enter_context(world.together(lambda: make_grader(recipe)))
         longest = longest_asked(recipe, train, evals)
-        engine = stack.enter_context(make_engine(recipe.rollout, model, recipe.precision, recipe.seed, longest))
-        make_folder(folder)
-        stack.enter_context(locked(folder))
-        found = checkpoint.latest(folder / "checkpoints") if resume else None
-        start = checkpoint.load_progress(found) if found else Progress()
-        if resume and not found:
-            console.print(f"{folder}: no checkpoint to resume from; starting at the beginning", soft_wrap=True)
-        if start.step > recipe.steps:
-            raise ValueError(
-                f"{folder}: {start.step} steps are done already, more than steps = {recipe.steps}. Raise it"
-            )
-        recipe.dump(folder / "recipe.toml")  # first of all: it makes a folder one that can be resumed
-        runlog = RunLog(folder, total_steps=recipe.steps, resume_step=start.step if resume else None, console=console)
-        stack.enter_context(runlog)
-        (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
-        write_comparison(recipe, model, train, folder, runlog)
-        backend = SingleBackend(
-            model, recipe.precision, recipe.optim, recipe.rollout.temperature, recipe.steps * recipe.optim.updates
-        )
+        engine = stack.enter_context(make_run_engine(recipe, model, longest))
+        world.first(lambda: _take_folder(folder, stack))
+        start, found = world.first(lambda: _start(recipe, folder, resume, console))
+        runlog = stack.enter_context(world.together(lambda: _open_log(recipe, folder, resume, start, console)))
+        world.first(lambda: write_comparison(recipe, model, train, folder, runlog))
+        updates = recipe.steps * recipe.optim.updates
+        temperature = recipe.rollout.temperature
+        backend = make_backend(model, recipe.precision, recipe.optim, temperature, updates, recipe.backend)
         if found:
-            backend.load(found)
+            world.together(lambda: checkpoint.load(found, backend))
         sampling = recipe.sampling(model.stop_token_ids)
         policy = Policy(engine, model.tokenizer, grader, sampling)
         stream = ProblemStream(train, recipe.seed, start.position)
         canary = Canary.of(train, model, recipe.precision, sampling, longest)
-        yield Run(recipe, folder, model, policy, backend, stream, evals, runlog, canary, start)
+        sampler: Sampler = OnPolicy(policy, stream, recipe, backend, canary)
+        if recipe.rollout.ahead:
+            alone = Policy(pool_of(engine), model.tokenizer, grader, sampling, divided=False)
+            held = checkpoint.load_held(found) if found and world.is_first() else None
+            ahead = Ahead(alone, stream, recipe, backend, canary, model.pad_token_id, start, held)
+            sampler = stack.enter_context(contextlib.closing(ahead))
+        checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
+        yield Run(recipe, folder, model, policy, backend, sampler, evals, runlog, canary, checkpoints, start)
+        checkpoints.wait()
+
+
+def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+    folder = choose_folder(recipe, out, resume)
+    if resume:
+        check_same(recipe, folder)
+    return folder
+
+
+def _take_folder(folder: Path, stack: contextlib.ExitStack) -> None:
+    make_folder(folder)
+    stack.enter_context(locked(folder))
+
+
+def _start(recipe: Recipe, folder: Path, resume: bool, console: Console) -> tuple[Progress, Path | None]:
+    """Where the run begins, and the checkpoint it goes on from."""
+    found = checkpoint.latest(folder / "checkpoints") if resume else None
+    start = checkpoint.load_progress(found) if found else Progress()
+    if resume and not found:
+        console.print(f"{folder}: no checkpoint to resume from; starting at the beginning", soft_wrap=True)
+    if start.step > recipe.steps:
+        raise ValueError(f"{folder}: {start.step} steps are done already, more than steps = {recipe.steps}. Raise it")
+    recipe.dump(folder / "recipe.toml")  # first of all: it makes a folder one that can be resumed
+    (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
+    return start, found
+
+
+def _open_log(recipe: Recipe, folder: Path, resume: bool, start: Progress, console: Console) -> Log:
+    if not world.is_first():
+        return NoLog(console)
+    return RunLog(folder, total_steps=recipe.steps, resume_step=start.step if resume else None, console=console)
+
+
+def make_grader(recipe: Recipe) -> Grader:
+    task = recipe.task
+    return open_grader(
+        task.grader, workers=task.grade_workers, timeout=task.grade_timeout, failed_reward=task.failed_reward
+    )
+
+
+def make_run_engine(recipe: Recipe, model: loading.Model, longest: int) -> Engine:
+    """The engine of a recipe, for all ranks together."""
+    rollout = recipe.rollout
+    return spread(
+        lambda: make_engine(rollout, model, recipe.precision, recipe.seed, longest),
+        pool=rollout.engine == "ray",
+        team=team_of(rollout),
+    )
 
 
 def longest_asked(recipe: Recipe, train: Sequence[Asked], evals: Mapping[str, Sequence[Asked]]) -> int:
@@ -106,7 +151,7 @@ def longest_asked(recipe: Recipe, train: Sequence[Asked], evals: Mapping[str, Se
 
 
 def write_comparison(
-    recipe: Recipe, model: loading.Model, asked: Sequence[Asked], folder: Path, runlog: RunLog
+    recipe: Recipe, model: loading.Model, asked: Sequence[Asked], folder: Path, runlog: Log
 ) -> None:
     """mismatch.json, before training, once: the formats of `compare` on the initial weights."""
     if not recipe.compare.precisions or (folder / "mismatch.json").exists():

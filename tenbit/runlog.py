@@ -145,6 +145,48 @@ class TensorBoard:
 # --- the run log -----------------------------------------------------------------------------------------------
 
 
+class Log(Protocol):
+    """What the loop tells of a run. A context manager."""
+
+    console: Console
+
+    def show_plan(self, precision: Precision, seen: Mapping[str, int]) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def samples(self, step: int, rollouts: Sequence[Rollout], count: int = SAMPLES_PER_STEP) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class NoLog:
+    """The log of ranks other than the first, which keep none."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def show_plan(self, precision: Precision, seen: Mapping[str, int]) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def samples(self, step: int, rollouts: Sequence[Rollout], count: int = SAMPLES_PER_STEP) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 class RunLog:
     """Keeps a run folder's metrics, samples and trackers, and tells the console. A context manager.
 
@@ -280,6 +322,7 @@ def _sample(step: int, rollout: Rollout) -> Row:
         "correct": rollout.correct,
         "length": rollout.completion.length,
         "finish": rollout.completion.finish,
+        "version": rollout.completion.version,
     }
 
 

@@ -29,6 +29,7 @@ R = TypeVar("R")
 # A rank may wait for others that sample, grade or write for long; that one has died is noticed by other means.
 PATIENCE = datetime.timedelta(hours=6)
 _talk: dist.ProcessGroup | None = None  # values, not tensors, travel over gloo, so that no GPU waits for them
+_write: dist.ProcessGroup | None = None
 
 
 def launched() -> bool:
@@ -39,7 +40,7 @@ def launched() -> bool:
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """The process group, for as long as the context lasts. Nothing happens if no launcher started us."""
-    global _talk
+    global _talk, _write
     if not launched() or dist.is_initialized():
         yield
         return
@@ -48,11 +49,10 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        _talk = None
-        dist.destroy_process_group()
+    _write = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield
+    _talk = _write = None  # after an error the group is left as it is: ending it would wait for the others
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -61,6 +61,11 @@ def rank() -> int:
 
 def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def writers() -> dist.ProcessGroup | None:
+    """A group of all ranks for one background thread, whose collectives may not mix with the main thread's."""
+    return _write
 
 
 def local_rank() -> int:
@@ -91,6 +96,8 @@ def agree(error: Exception | None) -> None:
 
 def together(act: Callable[[], R]) -> R:
     """Does it on every rank; if it raises on one, every rank raises that error. `act` may not wait for other ranks."""
+    if size() == 1:
+        return act()
     result, error = _tried(act)
     agree(error)
     return result  # type: ignore[return-value]
@@ -98,11 +105,12 @@ def together(act: Callable[[], R]) -> R:
 
 def first(act: Callable[[], R]) -> R:
     """Does it on rank 0 alone; every rank gets the result, or the error."""
+    if size() == 1:
+        return act()
     result, error = _tried(act) if is_first() else (None, None)
-    if size() > 1:
-        box = [(result, error)]
-        dist.broadcast_object_list(box, src=0, group=_talk)
-        result, error = (result, error) if is_first() else box[0]
+    box = [(result, error)]
+    dist.broadcast_object_list(box, src=0, group=_talk)
+    result, error = (result, error) if is_first() else box[0]
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -113,6 +121,8 @@ def divide(items: Sequence[T], act: Callable[[Sequence[T]], Sequence[R]], team: 
 
     `team` consecutive ranks do the same share (an engine that is spread over them), and the first one's result counts.
     """
+    if size() == 1:
+        return list(act(items))
     teams, mine = size() // team, rank() // team
     result, error = _tried(lambda: list(act(items[mine::teams])))
     parts = gather((result if rank() % team == 0 else None, error))

@@ -21,7 +21,7 @@ def relative(path: Path) -> str:
 
 
 FLOORS: list[set[str]] = [
-    {"types", "world", "native"},
+    {"types", "world", "native", "vigil"},
     {"precision", "algorithms", "advantages", "mismatch", "batching"},
     {"recipe", "models", "tasks"},
     {"engines", "backends"},
@@ -39,6 +39,8 @@ FLOORS: list[set[str]] = [
         "folder",
         "prompts",
         "scoring",
+        "sampler",
+        "export",
     },
     {"report", "studies"},
     {"cli", "__init__", "__main__"},

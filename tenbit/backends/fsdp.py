@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,9 @@ from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
 from tenbit.types import Batch, Stat, Stats
+
+# true of fused layers, and of no consequence: nothing writes into a hidden state
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class FsdpBackend:
@@ -62,11 +66,13 @@ class FsdpBackend:
         self._buffers = {n: t for n, t in model.module.state_dict().items() if n not in parameters}
         self._masters = Masters(self._params, precision, optim, updates, model.device)
         self._seen: dict[str, Tensor] = {}
-        self._hooks = [unit.register_forward_pre_hook(self._note_formats) for unit in self._units]
+        self._names = {module: name for name, module in self._scorer.named_modules()}
+        for unit in self._units:
+            unit.register_forward_pre_hook(self._note_formats)
 
     def _note_formats(self, unit: nn.Module, _: Any) -> None:
         """In what formats weights are computed with, which shows between gathering and freeing only."""
-        for name, p in unit.named_parameters():
+        for name, p in unit.named_parameters(prefix=self._names[unit]):
             if not isinstance(p, DTensor):
                 self._seen[own_name(name)] = torch.empty(0, dtype=p.dtype, device="meta")
 
@@ -88,14 +94,12 @@ class FsdpBackend:
     def step(self) -> StepStats:
         return self._masters.step()
 
-    @torch.no_grad()
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         names: dict[int, list[str]] = {}
         for name, p in self._module.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
         for _, p in self._module.named_parameters():
-            shard = p.detach()
-            tensor = whole((shard if dtype is None else shard.to(dtype)).to(self._device))
+            tensor = _gathered(p, dtype, self._device)
             for name in names[id(p)]:
                 yield name, tensor
         yield from self._buffers.items()
@@ -175,6 +179,14 @@ def _spread(
         dist.broadcast(full, src=0)
         owner, _, last = name.rpartition(".")
         module.get_submodule(owner)._buffers[last] = full
+
+
+@torch.inference_mode(False)  # an engine asks for weights within its own, where sharded tensors cannot be made
+@torch.no_grad()
+def _gathered(p: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """The whole tensor; shards are cast first, so that no more travels than is asked for."""
+    shard = p.detach()
+    return whole((shard if dtype is None else shard.to(dtype)).to(device))
 
 
 def _local(p: Tensor) -> Tensor:

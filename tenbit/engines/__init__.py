@@ -28,6 +28,10 @@ class Engine(Protocol):
         """
         ...
 
+    def members(self) -> Sequence[Engine]:
+        """The engines that it consists of, as far as this process can ask each by itself; itself, if it is one."""
+        ...
+
     def rest(self) -> None:
         """Nothing is asked of it until the next `load_weights`: memory shared with training may be given back."""
         ...

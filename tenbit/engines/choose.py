@@ -14,8 +14,12 @@ def make_engine(
     """An engine for `model`'s architecture, to be closed after use. Raises ValueError where it cannot be had.
 
     `longest` is the longest prompt and response together that will be asked for; None: the model's whole context.
-    vLLM is imported here, and only when it is asked for.
+    vLLM and Ray are imported here, and only when they are asked for.
     """
+    if rollout.engine == "ray":
+        from tenbit.engines.ray import RayEngine
+
+        return RayEngine(model, precision, rollout, seed, longest)
     if rollout.engine == "vllm":
         from tenbit.engines.vllm import VllmEngine
 

@@ -272,6 +272,9 @@ class TorchEngine:
 
     # --- context manager
 
+    def members(self) -> Sequence[Self]:
+        return [self]
+
     def rest(self) -> None:
         """Holds the weights only; the cache is made anew for each call and is gone already."""
 

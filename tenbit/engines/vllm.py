@@ -206,6 +206,9 @@ class VllmEngine:
         (out,) = self._generate("a weight update", [{"prompt_token_ids": ids}], asked)
         return int(out.num_cached_tokens or 0)
 
+    def members(self) -> Sequence[Self]:
+        return [self]
+
     def rest(self) -> None:
         """Gives the GPU's memory back until the next `load_weights`; on a CPU there is nothing to give back."""
         if self._gpu and self._spec.sleep and not self._asleep:

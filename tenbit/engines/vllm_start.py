@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tenbit.models.loading import Model
+from tenbit.models.loading import Model, first_names
 from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
 from tenbit.types import EngineFailed
@@ -163,12 +163,7 @@ def root_cause(error: BaseException) -> str:
 
 def tied_names(model: Model) -> dict[str, str]:
     """Names that share one weight in the model, each with another one of them."""
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, p in model.module.named_parameters(remove_duplicate=False):
-        if id(p) in first:
-            tied[name] = first[id(p)]
-        first.setdefault(id(p), name)
+    tied = first_names(model.module)
     return tied | {other: name for name, other in tied.items()}
 
 

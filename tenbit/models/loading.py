@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from tenbit import world
 from tenbit.models.logprobs import Head
 from tenbit.precision import Format
 from tenbit.recipe import ModelSpec
@@ -41,6 +49,27 @@ class Model:
         """How many tokens the embedding has; ids run below it. Tokenizers may have fewer."""
         embedding: Any = self.module.get_input_embeddings()
         return int(embedding.weight.shape[0])
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without its weights, small enough to send: all that an engine elsewhere needs to make its own."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+    context: int
+
+    @classmethod
+    def of(cls, model: Model) -> Outline:
+        return cls(model.module.config, model.tokenizer, model.stop_token_ids, model.pad_token_id, model.context)
+
+    def model(self, device: torch.device) -> Model:
+        """Its module is on the meta device; `device` is where an engine is to compute."""
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(self.config, dtype=Format.FP32.dtype)
+        return Model(module, self.tokenizer, self.stop_token_ids, self.pad_token_id, self.context, device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -76,37 +105,71 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = ()) -> Model:
-    """Opens a model for training: FP32 weights on its device. Raises ValueError with the key and the remedy."""
+def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = (), *, shared: bool = False) -> Model:
+    """Opens a model for training: FP32 weights on its device. Raises ValueError with the key and the remedy.
+
+    `shared`: the run has several ranks, and its backend gives each its part. Then the weights stay in the host's
+    memory, on rank 0 alone; elsewhere the module is on the meta device.
+    """
+    if not shared:
+        return _open(spec, extra_stop_tokens)
+    model = world.together(lambda: _open(spec, extra_stop_tokens, "host" if world.is_first() else "none"))
+    # the generation config comes with the weights
+    return replace(model, stop_token_ids=world.first(lambda: model.stop_token_ids))
+
+
+def _open(spec: ModelSpec, extra_stop_tokens: tuple[str, ...], weights: Literal["device", "host", "none"] = "device") -> Model:
     disable_progress_bar()  # a bar for reading 26 tensors says less than it hides
     device = resolve_device(spec.device)
-    path = model_folder(spec.path)
     tokenizer = load_tokenizer(spec)
+    module = _without_weights(spec) if weights == "none" else _with_weights(spec)
+    _refuse_strange_tokenizer(module, tokenizer, spec)
+    _make_savable(module, spec)
+    if weights == "device":
+        module.to(device)
+    if spec.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module.train()
+    _refuse_dropout(module, spec)
+    if weights != "none":
+        _check_head(module)
+    stop = _stop_tokens(module, tokenizer, extra_stop_tokens)
+    context = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return Model(module, tokenizer, stop, int(tokenizer.pad_token_id), context, device)
+
+
+def _with_weights(spec: ModelSpec) -> PreTrainedModel:
+    path = model_folder(spec.path)
     try:
-        config = AutoConfig.from_pretrained(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            config=config,
+            config=AutoConfig.from_pretrained(path),
             dtype=Format.FP32.dtype,
             attn_implementation=spec.attention,
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        remedy = ". Set model.attention = 'eager'" if "attention implementation" in str(error) else ""
-        raise ValueError(f"{_where(spec)} could not be loaded: {_first_line(error)}{remedy}") from error
+        raise _not_loaded(spec, error) from error
     module, found = loaded
     _refuse_gaps(found["missing_keys"], spec)
-    _refuse_strange_tokenizer(module, tokenizer, spec)
-    _make_savable(module, spec)
-    module.to(device)
-    if spec.gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module.train()
-    _refuse_dropout(module, spec)
-    _check_head(module)
-    stop = _stop_tokens(module, tokenizer, extra_stop_tokens)
-    context = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    return Model(module, tokenizer, stop, int(tokenizer.pad_token_id), context, device)
+    return module
+
+
+def _without_weights(spec: ModelSpec) -> PreTrainedModel:
+    """The same module on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(model_folder(spec.path))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=Format.FP32.dtype, attn_implementation=spec.attention
+            )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _not_loaded(spec, error) from error
+
+
+def _not_loaded(spec: ModelSpec, error: Exception) -> ValueError:
+    remedy = ". Set model.attention = 'eager'" if "attention implementation" in str(error) else ""
+    return ValueError(f"{_where(spec)} could not be loaded: {_first_line(error)}{remedy}")
 
 
 def model_folder(path: str) -> str:
@@ -116,6 +179,13 @@ def model_folder(path: str) -> str:
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
         raise ValueError(f"model.path = {path!r}: there is no such folder")
     return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+
+
+def first_names(module: torch.nn.Module) -> dict[str, str]:
+    """Tied weights: each further name of a parameter, with its first one."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
 
 def _where(spec: ModelSpec) -> str:

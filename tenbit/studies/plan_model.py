@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tenbit.backends.scorer import decoder_layers
 from tenbit.models.loading import model_folder
@@ -31,6 +31,10 @@ from tenbit.precision import Format, Precision
 from tenbit.recipe import ModelSpec
 
 SHAPES = Path(__file__).parents[1] / "models" / "shapes"
+# Under sdpa's own name the library would make an L x L mask here: it cannot look into fake tensors to see that training
+# needs none. A name that it has no masks for gets none.
+CAUSAL = "tenbit-causal"
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def shipped() -> dict[str, Path]:
@@ -101,7 +105,7 @@ class Shape:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         total = _count(named.values())
         experts = sum(p.numel() for n, p in named.items() if ".experts." in n)
-        count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+        count = _experts(config)
         chosen = getattr(text, "num_experts_per_tok", None) or count
         return cls(
             config=config,
@@ -119,6 +123,11 @@ class Shape:
             context=getattr(text, "max_position_embeddings", None) or 1 << 30,
             active=total - experts + experts * chosen // count,
         )
+
+
+def _experts(config: Any) -> int:
+    text = config.get_text_config()
+    return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
 
 
 def _count(parameters: Any) -> int:
@@ -154,21 +163,32 @@ class Use:
 
 def measure(config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool) -> Use:
     """Runs the architecture on fake tensors: the whole model forward, one layer of it forward and backward."""
-    one = _kept(_shortened(config, 1), precision, spec, tokens, checkpointing)
-    every = _kept(config, precision, spec, tokens, checkpointing)
-    layer = _peak(_shortened(config, 1), precision, spec, tokens, checkpointing) - one
-    return Use(tokens, every, max(layer, head_work(config, precision, tokens)))
+    times, plan = 1, precision
+    if _experts(config) > 1 and precision.copy_format == Format.FP32:
+        # Fake tensors know the experts' grouped product in one 16-bit format only: twice what that needs.
+        times, plan = 2, Precision.parse(Format.BF16.value)
+    one = _kept(_shortened(config, 1), plan, spec, tokens, checkpointing)
+    every = _kept(config, plan, spec, tokens, checkpointing)
+    layer = _peak(_shortened(config, 1), plan, spec, tokens, checkpointing) - one
+    kept = times * every + _logits(config, tokens)
+    return Use(tokens, kept, max(times * layer, head_work(config, precision, tokens)))
+
+
+def _logits(config: Any, tokens: int) -> int:
+    """Logits that fit one chunk are kept for the backward pass."""
+    elements = tokens * config.get_text_config().vocab_size
+    return elements * Format.FP32.bytes if elements <= CHUNK_ELEMENTS else 0
 
 
 def head_work(config: Any, precision: Precision, tokens: int) -> int:
-    """The output head's backward pass: chunks of FP32 logits, the weight's FP32 gradient, the hidden states'."""
+    """The output head's backward pass: chunks of FP32 logits, the FP32 sum of its gradient, the hidden states'."""
     text = config.get_text_config()
     dtype = Format.of(precision.head_dtype("train"))
     weight, rows = text.vocab_size * text.hidden_size, max(1, CHUNK_ELEMENTS // text.vocab_size)
-    chunk = min(rows, tokens) * text.vocab_size * (3 * Format.FP32.bytes + dtype.bytes)
+    copies = 3 if tokens > rows else 2  # logits, probabilities, their gradient; `_logits` has counted kept ones
+    chunk = min(rows, tokens) * text.vocab_size * (copies * Format.FP32.bytes + dtype.bytes)
     cast = dtype.bytes * weight if dtype != precision.copy_format else 0
-    back = precision.copy_format.bytes * weight if precision.copy_format != Format.FP32 else 0
-    return chunk + cast + back + Format.FP32.bytes * weight + tokens * text.hidden_size * precision.compute.bytes
+    return chunk + cast + Format.FP32.bytes * weight + tokens * text.hidden_size * precision.compute.bytes
 
 
 def _shortened(config: Any, layers: int) -> Any:
@@ -185,15 +205,15 @@ def _fake(config: Any, precision: Precision, spec: ModelSpec, checkpointing: boo
     """The module on fake tensors, in the format that training holds it in."""
     # Fake tensors know grouped products (mixtures of experts) in one 16-bit format only; the bytes are the same.
     form = Format.BF16 if precision.copy_format.bytes == Format.BF16.bytes else precision.copy_format
-    eager = "eager" if spec.attention == "eager" else "sdpa"  # a flash kernel keeps what sdpa's keeps
+    attention = "eager" if spec.attention == "eager" else CAUSAL  # a flash kernel keeps what sdpa's keeps
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module: Any = AutoModelForCausalLM.from_config(config, dtype=form.dtype, attn_implementation=eager)
+        module: Any = AutoModelForCausalLM.from_config(config, dtype=form.dtype, attn_implementation=attention)
         if checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         yield module.train()
 
 
-def _forward(module: nn.Module | Any, precision: Precision, tokens: int) -> torch.Tensor:
+def _forward(module: Any, precision: Precision, tokens: int) -> torch.Tensor:
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     with precision.autocast("cpu"):
         return module.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -223,6 +243,6 @@ def _peak(config: Any, precision: Precision, spec: ModelSpec, tokens: int, check
         tracker = MemTracker()
         tracker.track_external(module)
         with tracker:
-            _forward(module, precision, tokens).sum().backward()
+            torch.sum(_forward(module, precision, tokens)).backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return sum(size for kind, size in peak.items() if str(getattr(kind, "value", kind)) in ("Activation", "Temp"))

@@ -1,0 +1,252 @@
+"""A pool of engines on a Ray cluster, as one `Engine`: `rollout.engine = "ray"`.
+
+    with RayEngine(model, precision, recipe.rollout) as engine:       joins RAY_ADDRESS, or starts a local cluster
+        engine.load_weights(precision.to_engine(backend.weights()), version=0)
+        completions = engine.generate(prompts, sampling)
+
+Every actor holds an engine of `rollout.ray.engine`'s kind and makes it from the model's outline. Prompts are handed out
+in chunks as engines become free; a response depends on its seed, not on who draws it. Weights are put into Ray's object
+store once, bucket by bucket, so each machine holds one copy that its engines read in place. `stage` and `install` are
+the two halves of an update: several versions may be staged while an older one still samples. What happens when an actor
+dies is in `ray_pool.py`, the cluster in `ray_cluster.py`, the actor's side in `ray_worker.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tenbit.engines import Engine, ray_cluster
+from tenbit.engines import sampling as sampler
+from tenbit.engines.ray_pool import Pool, Seat, Task, Weights
+from tenbit.engines.ray_worker import BUCKET, Bucket, Order, Worker, pack
+from tenbit.models.loading import Model, Outline
+from tenbit.precision import Precision
+from tenbit.recipe import RolloutSpec
+from tenbit.types import Completion, EngineFailed, Prompt, Sampling
+
+Tokens = tuple[Sequence[int], Sequence[int]]
+
+
+class Actor(Worker):
+    """The worker as Ray runs it: it knows its machine, and fetches buckets from the object store one by one."""
+
+    def _hello(self) -> Any:
+        return (importlib.import_module("ray").get_runtime_context().get_node_id(), *super()._hello())
+
+    def _install(self, buckets: Iterable[Any], version: int) -> None:
+        get = importlib.import_module("ray").get
+        super()._install((get(ref) for ref in buckets), version)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Weights in the object store, for as long as this value is held. `bytes` is what went in, once."""
+
+    refs: list[Any]
+    bytes: int
+
+
+class RayEngine:
+    """An `Engine` over a pool. Only one process of a run makes it. Raises ValueError where it cannot be had."""
+
+    def __init__(
+        self, model: Model, precision: Precision, rollout: RolloutSpec, seed: int = 0, longest: int | None = None
+    ) -> None:
+        self.version: int | None = None
+        self.staged_bytes = 0  # of the last update
+        self._spec = spec = rollout.ray
+        self._closed = False
+        try:
+            self._ray: Any = importlib.import_module("ray")
+        except ImportError as error:
+            raise ValueError(
+                f"rollout.engine = 'ray': Ray cannot be imported here ({error}): pip install 'tenbit[ray]', or use "
+                f"rollout.engine = {spec.engine!r}"
+            ) from error
+        if spec.engines is None and spec.cpus == 0 and not spec.gpus:
+            raise ValueError("rollout.ray.engines: engines that need no CPU have room without end. Say how many")
+        size = sum(p.numel() for p in model.module.parameters()) * precision.sync.bytes
+        ray_cluster.join(self._ray, (spec.engines or 1) * spec.cpus, (2 + rollout.ahead) * size + 2 * BUCKET)
+        try:
+            self._pool = self._filled(model, precision, rollout, seed, longest)
+        except BaseException:
+            ray_cluster.leave(self._ray)
+            raise
+
+    def _filled(self, model: Model, precision: Precision, rollout: RolloutSpec, seed: int, longest: int | None) -> Pool:
+        spec, ray = self._spec, self._ray
+        gpus = spec.gpus if spec.gpus is not None else _needed_gpus(rollout) * ray_cluster.has_gpus(ray)
+        whole, free = ray_cluster.room(ray, spec.cpus, gpus) if spec.cpus or gpus else (spec.engines or 1, 1)
+        if whole < (spec.engines or 1):
+            raise ValueError(
+                f"rollout.ray: the cluster ({_shown(ray.cluster_resources())}) has room for {whole} engines of "
+                f"{spec.cpus:g} CPUs and {gpus:g} GPUs each, and {spec.engines or 'at least 1'} are wanted. Lower "
+                "rollout.ray.engines, .cpus or .gpus, or add machines to the cluster"
+            )
+        inner = rollout.model_copy(update={"engine": spec.engine, "ahead": 0})
+        order = Order(Outline.of(model), precision, inner, seed, longest, spec.cpus, gpus > 0)
+        cls = ray.remote(Actor)
+        threads = {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(spec.cpus)))}}
+        near = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+
+        def make(node: str | None) -> Any:
+            place = {} if node is None else {"scheduling_strategy": near(node, soft=True)}
+            return cls.options(
+                num_cpus=spec.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, runtime_env=threads, **place
+            ).remote()
+
+        pool = Pool(ray, make, order, spec.restarts)
+        try:
+            pool.start(spec.engines or max(1, free), all_of_them=spec.engines is not None)
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    # --- weights
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """`stage`, then `install`. The weights before are let go of first, so that two never fill the store."""
+        self.version = None
+        self._pool.forget()
+        self.install(self.stage(named_tensors), version)
+
+    def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Staged:
+        """Puts weights into the object store; any thread may, while the engines are at work."""
+        refs: list[Any] = []
+        total = 0
+        for bucket in pack(named_tensors):
+            refs.append(self._put(bucket))
+            total += bucket.bytes
+        self.staged_bytes = total
+        return Staged(refs, total)
+
+    def _put(self, bucket: Bucket) -> Any:
+        try:
+            return self._ray.put(bucket)
+        except self._ray.exceptions.RayError as error:
+            raise EngineFailed(
+                f"the cluster's object store did not take {bucket.bytes:,} bytes of weights: {error}. Give Ray more "
+                "(ray start --object-store-memory)"
+            ) from error
+
+    def install(self, staged: Staged, version: int) -> None:
+        """Every engine takes the staged weights and proves it. Raises as `load_weights` of the engines does."""
+        self.version = None
+        self._pool.install(Weights(staged.refs, version))
+        self.version = version
+
+    def rest(self) -> None:
+        self._pool.each("rest")
+
+    def live(self) -> Iterator[tuple[str, str, Tensor]]:
+        """What one of the engines says, as tensors without values."""
+        (rows,) = self._pool.do([Task("live")])
+        for part, name, dtype, shape in rows:
+            yield part, name, torch.empty(shape, dtype=dtype, device="meta")
+
+    # --- sampling
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in order, whoever drew it and whatever died meanwhile."""
+        return self._divided("generate", prompts, sampling)
+
+    def score(self, sequences: Sequence[Tokens], sampling: Sampling) -> list[Tensor]:
+        return self._divided("score", sequences, sampling)
+
+    def _divided(self, request: str, items: Sequence[Any], sampling: Sampling, seat: Seat | None = None) -> list[Any]:
+        """In chunks of neighbours, which often share a prompt, and with it an engine's cache."""
+        sampler.check(sampling)
+        if self.version is None:
+            raise ValueError("the engine has no weights yet, or its last load failed: call load_weights first.")
+        even = math.ceil(len(items) / (4 * max(1, len(self._pool.seats))))
+        step = len(items) if seat is not None else self._spec.chunk or even
+        tasks = [
+            Task(request, (items[start : start + step], sampling, start), seat)
+            for start in range(0, len(items), max(1, step))
+        ]
+        return [value for values in self._pool.do(tasks) for value in values]
+
+    # --- life and death
+
+    def members(self) -> list[Engine]:
+        """Each engine of the pool by itself."""
+        return [_Member(self, seat) for seat in self._pool.seats]
+
+    def close(self) -> None:
+        """Ends the actors, and the cluster if it was started here. The engine cannot be used afterwards."""
+        self.version = None
+        if self._closed:
+            return
+        self._closed = True
+        self._pool.close()
+        ray_cluster.leave(self._ray)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Member:
+    """One engine of a pool. Weights it takes only together with the others; the pool closes it."""
+
+    def __init__(self, pool: RayEngine, seat: Seat) -> None:
+        self._pool, self._seat = pool, seat
+
+    @property
+    def version(self) -> int | None:
+        return self._pool.version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        return self._pool._divided("generate", prompts, sampling, self._seat)
+
+    def score(self, sequences: Sequence[Tokens], sampling: Sampling) -> list[Tensor]:
+        return self._pool._divided("score", sequences, sampling, self._seat)
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._pool.load_weights(named_tensors, version)
+
+    def members(self) -> Sequence[Engine]:
+        return [self]
+
+    def rest(self) -> None:
+        self._pool._pool.do([Task("rest", (), self._seat)])
+
+    def live(self) -> Iterator[tuple[str, str, Tensor]]:
+        (rows,) = self._pool._pool.do([Task("live", (), self._seat)])
+        for part, name, dtype, shape in rows:
+            yield part, name, torch.empty(shape, dtype=dtype, device="meta")
+
+    def close(self) -> None:
+        """The pool does."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _needed_gpus(rollout: RolloutSpec) -> float:
+    if rollout.ray.engine != "vllm":
+        return 1.0
+    parts = (rollout.vllm.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+    return float(math.prod(int(n) for n in parts))
+
+
+def _shown(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(key, 0):g} {key}s" for key in ("CPU", "GPU"))

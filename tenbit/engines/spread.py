@@ -1,0 +1,130 @@
+"""Engines of a run with several ranks, as one engine that every rank calls alike.
+
+    Each     every rank has an engine of its own and does its share of the prompts; with tensor parallelism over
+             ranks, each team of ranks has one
+    Pool     rank 0 alone has one (a pool on a Ray cluster); the others get what it drew
+
+Both give every rank all completions in the order of the prompts, so that all ranks make the same batches. What fails
+on one rank fails on all, and a rank whose engine refuses weights still takes part in gathering them to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from tenbit import world
+from tenbit.engines import Engine
+from tenbit.recipe import RolloutSpec
+from tenbit.types import Completion, Prompt, Sampling
+
+Sequence2 = tuple[Sequence[int], Sequence[int]]
+
+
+def spread(make: Callable[[], Engine], pool: bool, team: int = 1) -> Engine:
+    """The run's engine, from what makes one on a rank. Raises on every rank what one of them raises."""
+    if world.size() == 1:
+        return make()
+    own = world.together(lambda: make() if world.is_first() or not pool else None)
+    return Pool(own) if pool else Each(own, team)
+
+
+def team_of(rollout: RolloutSpec) -> int:
+    """How many consecutive ranks are one engine together: vLLM's tensor parallelism, over the ranks of a node."""
+    size = int(rollout.vllm.options.get("tensor_parallel_size", 1)) if rollout.engine == "vllm" else 1
+    if world.size() > 1 and (size < 1 or world.size() % size):
+        raise ValueError(
+            f"rollout.vllm.options.tensor_parallel_size = {size} does not divide the {world.size()} ranks of the run. "
+            "Start a multiple of it, or lower it"
+        )
+    return size if world.size() > 1 else 1
+
+
+def pool_of(engine: Engine) -> Engine | None:
+    """The pool that rank 0 holds; None on the other ranks."""
+    return engine.own if isinstance(engine, Pool) else engine
+
+
+class _Collective:
+    """What both kinds share: `own` is this rank's engine, if it has one."""
+
+    own: Engine | None
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Every rank reads all weights, for gathering them takes all ranks, and then they agree on the outcome."""
+        named = iter(named_tensors)
+
+        def load() -> None:
+            if self.own is not None:
+                self.own.load_weights(named, version)
+
+        result = None
+        try:
+            load()
+        except Exception as error:
+            result = error
+        for _ in named:
+            pass
+        world.agree(result)
+
+    def members(self) -> list[Engine]:
+        return self.own.members() if self.own is not None else []
+
+    def rest(self) -> None:
+        if self.own is not None:
+            self.own.rest()
+
+    def live(self) -> Iterator[tuple[str, str, Tensor]]:
+        if self.own is not None:
+            yield from self.own.live()
+
+    def close(self) -> None:
+        if self.own is not None:
+            self.own.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Each(_Collective):
+    """An engine on every rank; `team` consecutive ranks are one engine together and do the same share."""
+
+    def __init__(self, own: Engine | None, team: int) -> None:
+        self.own, self._team = own, team
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        return world.divide(prompts, lambda share: self._own.generate(share, sampling), self._team)
+
+    def score(self, sequences: Sequence[Sequence2], sampling: Sampling) -> list[Tensor]:
+        return world.divide(sequences, lambda share: self._own.score(share, sampling), self._team)
+
+    @property
+    def _own(self) -> Engine:
+        assert self.own is not None
+        return self.own
+
+
+class Pool(_Collective):
+    """An engine that rank 0 has for all."""
+
+    def __init__(self, own: Engine | None) -> None:
+        self.own = own
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        return world.first(lambda: self._own.generate(prompts, sampling))
+
+    def score(self, sequences: Sequence[Sequence2], sampling: Sampling) -> list[Tensor]:
+        return world.first(lambda: self._own.score(sequences, sampling))
+
+    @property
+    def _own(self) -> Engine:
+        assert self.own is not None
+        return self.own
