@@ -45,7 +45,7 @@ def train(
     from tenbit.report import write_report
     from tenbit.runlog import default_console, show_summary
 
-    with vigil.kept(), world.joined():
+    with world.joined(), vigil.kept():
         console = default_console() if world.is_first() else Console(quiet=True)
         try:
             folder = run_training(Recipe.load(recipe, overrides or []), out, resume=resume, console=console)

@@ -109,7 +109,7 @@ class Watch:
                 cause, failed = "the launcher's store is gone: rank 0's machine or torchrun itself has died", False
             if cause is not None and not self._over.is_set() and self.claim(cause):
                 self._say(cause)
-                os._exit(1)
+                _end_after(3 * BEAT)  # the store may live in this process, and the others have yet to read why
             if failed or cause is not None:
                 _end_after(GRACE)
 

@@ -76,10 +76,16 @@ def one_step(
     return merge(world.gather(merge(stats))), step
 
 
-def trajectory(backend: Backend, budget: int, updates: int = UPDATES) -> dict[str, Any]:
-    """Loss and norm of each step, and the masters after the last."""
-    seen = [one_step(backend, fixed_rows(seed=i), budget) for i in range(updates)]
+def trajectory(
+    backend: Backend, budget: int, updates: int = UPDATES, spoilt: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Loss and norm of each step, and the masters after the last. `spoilt`: (rank, step) of an infinite loss."""
+    seen = []
+    for i in range(updates):
+        bad = spoilt == (world.rank(), i)
+        seen.append(one_step(backend, fixed_rows(seed=i), budget, spoil=lambda number, bad=bad: bad and number == 0))
     return {
+        "skipped": [step.skipped for _, step in seen],
         "loss": [stats["optim/loss"].total for stats, _ in seen],
         "entropy": [stats["policy/entropy"].mean for stats, _ in seen],
         "norm": [step.grad_norm for _, step in seen],

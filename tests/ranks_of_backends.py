@@ -19,6 +19,16 @@ with world.joined():
     found = {}
     for text in sys.argv[1:]:
         how = json.loads(text)
-        budget = how.pop("budget", 64)
-        found[text] = trajectory(fresh_backend(**how), budget)
+        budget, spoilt = how.pop("budget", 64), how.pop("spoilt", None)
+        backend = fresh_backend(**how)
+        found[text] = trajectory(backend, budget, spoilt=tuple(spoilt) if spoilt else None)
+        found[text] |= {
+            "scale_now": backend.state().counts["loss_scale"],
+            "updates": backend.state().counts["updates"],
+            "tensors": sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel()
+                           for t in backend.state().tensors.values()),
+            "dtypes": sorted({(part, str(t.dtype)) for part, _, t in backend.live()}),
+            "tied": len({id(p) for n, p in backend._module.named_parameters(remove_duplicate=False)
+                         if "embed_tokens" in n or "lm_head" in n}) if hasattr(backend, "_module") else None,
+        }  # fmt: skip
     ranks.report(found)

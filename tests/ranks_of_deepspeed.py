@@ -1,6 +1,6 @@
 """Run by torchrun: everything `test_backend_deepspeed.py` asks of N ranks, in one launch, for a launch takes seconds.
 
-    torchrun ... ranks_of_deepspeed.py FILE           FILE: a state that SingleBackend was in, to go on from
+Its argument is a file with a state that SingleBackend was in, to go on from.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from common_training import fixed_rows, fresh_backend, one_step, trajectory
 from tenbit import world
 from tenbit.backends import Backend
 from tenbit.backends.masters import MAX_SKIPS_IN_A_ROW
+from tenbit.batching import collate
 from tenbit.precision import Precision
 from tenbit.types import Overflow
 
@@ -57,15 +58,13 @@ def go_on(backend: Backend, start: int, stop: int) -> list[Any]:
     return [one_step(backend, fixed_rows(seed=i), BUDGET)[1] for i in range(start, stop)]
 
 
-def overflows(plan: str, stage: int) -> dict[str, Any]:
-    """Clean, spoilt on the last rank alone, clean."""
-    backend = deepspeed(plan, stage)
-    steps = go_on(backend, 0, 1)
+def overflows(backend: Backend, first: Any) -> dict[str, Any]:
+    """After one clean step: spoilt on the last rank alone, clean."""
     before, (moments, counts) = masters(backend), merged_state(backend)
     last = world.rank() == world.size() - 1
-    steps.append(one_step(backend, fixed_rows(seed=1), BUDGET, spoil=lambda i: last and i == 0)[1])
+    bad = one_step(backend, fixed_rows(seed=1), BUDGET, spoil=lambda i: last and i == 0)[1]
     after, (moments_after, counts_after) = masters(backend), merged_state(backend)
-    steps += go_on(backend, 1, 2)
+    steps = [first, bad, *go_on(backend, 1, 2)]
     return {
         "steps": steps,
         "unmoved": same(before, after) and same(moments, moments_after),
@@ -74,12 +73,11 @@ def overflows(plan: str, stage: int) -> dict[str, Any]:
     }
 
 
-def never_clean(stage: int) -> dict[str, Any]:
+def never_clean(backend: Backend) -> dict[str, Any]:
     """A scale of 2 goes below 1, where DeepSpeed's own would end the run, and after 50 skips the run does end."""
-    plan = {"preset": "fp16", "loss_scale": {"initial": 2.0}}
-    backend = deepspeed(plan, stage)
     tensors, counts = merged_state(backend)
-    backend.restore({**counts, "skips_in_a_row": MAX_SKIPS_IN_A_ROW - 4}, reader(tensors))
+    few = {"loss_scale": 2.0, "clean_steps": 0, "skips_in_a_row": MAX_SKIPS_IN_A_ROW - 4}
+    backend.restore({**counts, **few}, reader(tensors))
     scales, said = [], ""
     try:
         for _ in range(5):
@@ -89,46 +87,39 @@ def never_clean(stage: int) -> dict[str, Any]:
     return {"scales": scales, "said": said}
 
 
-def resumes(plan: Any, stage: int) -> dict[str, Any]:
-    """Two steps, a state, two more; then the same from the state, in a backend that had taken other steps."""
-    whole = deepspeed(plan, stage)
+def resumes(plan: Any, stage: int, file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two steps, a state, two more; then the same from the state, in a backend that had taken other steps.
+
+    Those are two that go on from the state of one process, before any step of its own.
+    """
+    whole, other = deepspeed(plan, stage), deepspeed(plan, stage)
     go_on(whole, 0, 2)
     tensors, counts = merged_state(whole)
     steps = go_on(whole, 2, 4)
-    other = deepspeed(plan, stage)
-    go_on(other, 7, 8)
+    over = takes_over(other, file)
     other.restore(counts, reader(tensors))
     again = go_on(other, 2, 4)
-    return {
-        "bitwise": same(masters(whole), masters(other)) and steps == again,
-        "tensors": tensors,
-        "counts": counts,
-        "weights": masters(whole),
-    }
+    bitwise = same(masters(whole), masters(other)) and steps == again
+    return {"bitwise": bitwise, "tensors": tensors, "counts": counts, "weights": masters(whole)}, over
 
 
-def takes_over(stage: int, file: str) -> dict[str, Any]:
-    """Goes on from the state of one process, before any step of its own."""
+def takes_over(backend: Backend, file: str) -> dict[str, Any]:
     saved = torch.load(file)
-    backend = deepspeed(GROWS, stage)
     backend.restore(saved["counts"], reader(saved["tensors"]))
     at_once = masters(backend)
-    copies = {n: t for n, t in backend.weights(Precision.parse(GROWS).compute.dtype)}
+    copies = dict(backend.weights(Precision.parse(GROWS).compute.dtype))
     rounded = all(torch.equal(copies[n], at_once[n].to(copies[n].dtype)) for n in at_once)
     steps = go_on(backend, 2, 4)
     return {"at_once": at_once, "copies_follow": rounded, "steps": steps, "weights": masters(backend)}
 
 
-def holds(plan: str, stage: int) -> dict[str, Any]:
+def holds(backend: Any, precision: Precision) -> tuple[dict[str, Any], Any]:
     """What is alive, in which formats, and whether tied, buffered and cast tensors are what they should be."""
-    precision = Precision.parse(plan)
-    backend: Any = deepspeed(plan, stage)
-    found: dict[str, Any] = {"start": precision.verify(backend.live())}
-    rows = fixed_rows()
-    one_step_without_update(backend, rows)
+    found: dict[str, Any] = {"start": precision.verify(backend.live()), "weights at start": masters(backend)}
+    one_step_without_update(backend, fixed_rows())
     found["before the step"] = precision.verify(backend.live())
     found["gradients"] = {n: t.clone().flatten() for part, n, t in backend.live() if part == "gradient"}
-    backend.step()
+    first = backend.step()
     found["after the step"] = precision.verify(backend.live())
     full = masters(backend)
     found["names"] = set(full) == set(backend._module.state_dict())
@@ -138,7 +129,7 @@ def holds(plan: str, stage: int) -> dict[str, Any]:
     found["cast"] = all(torch.equal(cast[n], t.to(cast[n].dtype)) for n, t in full.items())
     found["dtypes"] = {t.dtype for t in full.values()}
     found["buffers"] = {n: b.clone() for n, b in backend._module.named_buffers()}
-    return found
+    return found, first
 
 
 def one_step_without_update(backend: Backend, rows: list[Any]) -> None:
@@ -147,10 +138,8 @@ def one_step_without_update(backend: Backend, rows: list[Any]) -> None:
     backend.step = step  # type: ignore[method-assign]
 
 
-def snapshots(stage: int) -> dict[str, bool]:
-    from tenbit.batching import collate
-
-    backend, batch = deepspeed("fp16", stage), collate(fixed_rows(), 257)
+def snapshots(backend: Backend) -> dict[str, bool]:
+    batch = collate(fixed_rows(), 257)
     old, kept = backend.logprobs(batch), backend.snapshot()
     go_on(backend, 0, 2)
     new, weights = backend.logprobs(batch), masters(backend)
@@ -165,23 +154,27 @@ def snapshots(stage: int) -> dict[str, bool]:
 def everything(file: str) -> dict[str, Any]:
     found: dict[str, Any] = {"trajectory": {}}
     for stage in STAGES:
-        ways = [{"plan": plan} for plan in ("fp32", "fp16", "bf16", GROWS)] + [{"plan": "fp32", "budget": 200}]
+        ways = [{"plan": plan} for plan in ("fp32", "fp16", GROWS)] + [{"plan": "fp32", "budget": 200}]
         if world.size() > 1:
+            ways += [{"plan": "bf16"}]
             ways += [{"plan": plan, "checkpointing": True} for plan in ("fp32", "fp16")]
             ways += [{"plan": plan, "offload": True} for plan in ("fp32", "fp16")]
-            ways += [{"plan": {"preset": "fp16", "head": "fp32"}, "family": "llama"}, {"plan": "fp32", "family": "llama"}]
+            ways += [{"plan": plan, "family": "llama"} for plan in ({"preset": "fp16", "head": "fp32"}, "fp32")]
         for way in ways:
             key = json.dumps({"stage": stage, **way})
             budget = way.pop("budget", BUDGET)
             found["trajectory"][key] = trajectory(deepspeed(stage=stage, **way), budget)
-        for plan in ("fp16", "bf16", "fp32"):
-            found["overflow", plan, stage] = overflows(plan, stage)
-        found["never clean", stage] = never_clean(stage)
-        found["resume", stage] = resumes(GROWS, stage)
-        found["take over", stage] = takes_over(stage, file)
-        for plan in ("fp32", "fp16", "bf16"):
-            found["holds", plan, stage] = holds(plan, stage)
-        found["snapshot", stage] = snapshots(stage)
+        for plan in ("fp32", "fp16", "bf16") if world.size() > 1 else ("fp16", "bf16"):
+            backend = deepspeed(plan, stage)
+            found["holds", plan, stage], first = holds(backend, Precision.parse(plan))
+            found["overflow", plan, stage] = overflows(backend, first)
+            if plan == "fp16":
+                found["snapshot", stage] = snapshots(backend)
+                found["never clean", stage] = never_clean(backend)
+        if world.size() > 1:
+            offloaded = deepspeed("fp16", stage, offload=True)
+            found["holds offloaded", stage] = holds(offloaded, Precision.parse("fp16"))[0]
+        found["resume", stage], found["take over", stage] = resumes(GROWS, stage, file)
     return found
 
 
