@@ -58,7 +58,7 @@ def alone() -> bool:
 def wait_for_cause(error: Exception) -> None:
     """Gives the watch time to find out whose death an error of the network comes from; it then ends this process."""
     if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in NETWORK):
-        time.sleep(SILENT + 5 * BEAT)
+        time.sleep(SILENT + GRACE + 10 * BEAT)
 
 
 class Watch:
@@ -74,6 +74,7 @@ class Watch:
         self._store.set(f"who/{self._rank}", f"{self._host} {os.getpid()} {_born(os.getpid())}")
         self._store.add(f"beat/{self._rank}", 1)
         self._over = threading.Event()
+        self._told = False  # another rank has said what failed
         self._known: dict[int, tuple[str, int, str]] = {}
         self._beats: dict[int, tuple[int, float]] = {}
         threading.Thread(target=self._keep, name="tenbit-vigil", daemon=True).start()
@@ -89,8 +90,8 @@ class Watch:
         try:
             mine = f"rank {self._rank}: {cause}"
             first = self._store.compare_set("failed", "", mine).decode() == mine
-        except RuntimeError:  # the store is gone: whoever knows more has ended already
-            first = True
+        except RuntimeError:  # the store is gone, and perhaps with it the rank that said why
+            first = not self._told
         threading.Thread(target=_end_after, args=(GRACE,), daemon=True).start()
         return first
 
@@ -110,6 +111,7 @@ class Watch:
             if cause is not None and not self._over.is_set() and self.claim(cause):
                 self._say(cause)
                 _end_after(3 * BEAT)  # the store may live in this process, and the others have yet to read why
+            self._told = self._told or failed
             if failed or cause is not None:
                 _end_after(GRACE)
 

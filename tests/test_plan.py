@@ -19,6 +19,7 @@ from test_cli import refused, tenbit
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import tenbit.backends.single as single
+from tenbit.backends import deepspeed
 from tenbit.batching import collate
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
@@ -131,7 +132,7 @@ def peak_of(backend: single.SingleBackend, batch: Batch) -> int:
 
 def moe_config() -> Qwen3MoeConfig:
     experts = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
-    return Qwen3MoeConfig(**WIDE, **experts)
+    return Qwen3MoeConfig.from_dict(WIDE | experts)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -186,6 +187,7 @@ WAYS = [
 def test_two_ranks_hold_what_is_planned(tmp_path, monkeypatch):
     """Every tensor of the process is counted, not those that the backend names."""
     pytest.importorskip("deepspeed")
+    assert memory.BUCKET == deepspeed.BUCKET
     monkeypatch.setattr(memory, "BUCKET", 10000)  # as in the ranks
     asked = [json.dumps({"plan": "fp16", "shape": SIZES, **way}) for way in WAYS]
     results = on_ranks(2, "ranks_of_plan.py", *asked, folder=tmp_path)
