@@ -226,8 +226,8 @@ class Precision(_Value):
         """
         if self.casting == "autocast":
             raise ValueError(
-                "precision.casting = 'autocast': DeepSpeed computes with a 16-bit copy of the weights, not by autocast. "
-                "Remove the key, or set backend.name = 'fsdp' or 'single'"
+                "precision.casting = 'autocast': DeepSpeed computes with a 16-bit copy of the weights. Remove the key, "
+                "or set backend.name = 'fsdp' or 'single'"
             )
         sums = self.reduce.value
         sections: dict[str, Any] = {"communication_data_type": sums, "data_types": {"grad_accum_dtype": sums}}

@@ -10,7 +10,9 @@ from conftest import byte_tokenizer, small_module
 
 from tenbit import algorithms
 from tenbit.algorithms import ALGORITHMS
-from tenbit.backends.single import MAX_SKIPS_IN_A_ROW, SingleBackend
+from tenbit.backends.masters import MAX_SKIPS_IN_A_ROW
+from tenbit.backends.single import SingleBackend
+from tenbit.checkpoint import Checkpoints, Progress, load
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import OptimSpec
@@ -60,7 +62,7 @@ def masters(backend: SingleBackend) -> dict[str, torch.Tensor]:
 def gradients(backend: SingleBackend) -> torch.Tensor:
     """All of them in one vector, the loss scale divided out."""
     found = {name: total for part, name, total in backend.live() if part == "gradient"}
-    scale = backend._scaler.get_scale()
+    scale = backend.state().counts["loss_scale"]
     return torch.cat([found[name].double().flatten() / scale for name in sorted(found)])
 
 
@@ -143,14 +145,14 @@ def test_an_injected_overflow_skips_the_step_and_nothing_else_moves():
     backend, batch = make_backend("fp16", warmup=4), make_batch()
     backend.accumulate(batch, loss_for("rloo", batch))
     first = backend.step()
-    before, moments = masters(backend), copy.deepcopy(backend._optimizer.state_dict()["state"])
+    before, moments = masters(backend), copy.deepcopy(backend._masters._optimizer.state_dict()["state"])
     backend.accumulate(batch, lambda logp, b: (logp.sum() * float("inf"), {}))
     bad = backend.step()
     assert bad.skipped
     assert bad.grad_norm is None
     for name, tensor in masters(backend).items():
         assert torch.equal(tensor, before[name]), name
-    for key, state in backend._optimizer.state_dict()["state"].items():
+    for key, state in backend._masters._optimizer.state_dict()["state"].items():
         for k, v in state.items():
             assert torch.equal(v, moments[key][k]), (key, k)
     backend.accumulate(batch, loss_for("rloo", batch))
@@ -208,7 +210,7 @@ def test_clipping_acts_on_unscaled_gradients():
         backend.accumulate(batch, loss_for("rloo", batch))
     a, b = small.step(), large.step()
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-2)
-    clipped = [backend._optimizer.state_dict()["state"][0]["exp_avg"] for backend in (small, large)]
+    clipped = [backend._masters._optimizer.state_dict()["state"][0]["exp_avg"] for backend in (small, large)]
     assert torch.allclose(clipped[0], clipped[1], atol=2e-2 * float(clipped[1].abs().max()))
 
 
@@ -220,11 +222,13 @@ def test_resuming_continues_bit_for_bit(plan, tmp_path):
     whole, batches = make_backend(plan), [make_batch(seed=s) for s in range(6)]
     for i, batch in enumerate(batches):
         if i == 2:
-            whole.save(tmp_path)
+            writing = Checkpoints(tmp_path, keep=1)
+            writing.save(whole, Progress(2, 0))  # in the background, while the next step changes what it copied
         whole.accumulate(batch, loss_for("rloo", batch))
         whole.step()
     other = make_backend(plan, module=small_module(seed=9))
-    other.load(tmp_path)
+    writing.wait()
+    load(tmp_path / "step-000002", other)
     for batch in batches[2:]:
         other.accumulate(batch, loss_for("rloo", batch))
         other.step()

@@ -55,7 +55,7 @@ def send(engine, backend, plan, version=0, only=lambda name: True):
 def move(backend, scale, seed=0):
     """An update that moves every weight by a share of its tensor's spread."""
     generator = torch.Generator().manual_seed(seed)
-    for master in backend._masters.values():
+    for master in backend._masters.tensors.values():
         spread = float(master.std()) if master.numel() > 1 else 0.1
         master.add_(scale * spread * torch.randn(master.shape, generator=generator))
     backend._refresh_copy()
@@ -141,7 +141,7 @@ def test_updates_that_round_away_on_one_side_are_not_called_stale(sides, precisi
     """Weights that lie on the rollout format's grid, as a published 16-bit model's do, and then move by a little."""
     engine, backend, canary, plan = sides(precision)
     with torch.no_grad():
-        for master in backend._masters.values():
+        for master in backend._masters.tensors.values():
             master.copy_(master.to(plan.rollout.dtype))
         backend._refresh_copy()
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def test_updates_that_round_away_on_one_side_are_not_called_stale(sides, precisi
         send(engine, backend, plan, version)
         canary.prove(engine, backend)
         with torch.no_grad():
-            for master in backend._masters.values():
+            for master in backend._masters.tensors.values():
                 master.add_(1e-5 * torch.randn(master.shape, generator=generator).sign())
             backend._refresh_copy()
 

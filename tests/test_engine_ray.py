@@ -297,6 +297,14 @@ def test_no_room_for_an_engine(cluster, model):
         make_engine(spec(engines=4000), model, PLAN)
 
 
+def test_a_second_pool_that_does_not_fit_beside_the_first_is_refused(cluster, engine, model, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "FREED", 1.0)
+    whole, _ = ray_cluster.room(ray, 1, 0)
+    cpus = whole - 1  # the first pool has two
+    with pytest.raises(ValueError, match="another pool of this run fills the cluster"):
+        make_engine(spec(engines=1, cpus=cpus), model, PLAN)
+
+
 def test_what_cannot_be_had_is_said_at_once(model, monkeypatch):
     with pytest.raises(ValueError, match=r"rollout\.ray\.engines.*Say how many"):
         make_engine(spec(engines=None, cpus=0, gpus=0), model, PLAN)

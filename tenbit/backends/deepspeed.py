@@ -28,13 +28,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tenbit import world
 from tenbit.backends import LossFunction, Read, StepStats, TrainerState
-from tenbit.backends.masters import MOMENTS, Skips
+from tenbit.backends.masters import Skips
 from tenbit.backends.scorer import Scorer
+from tenbit.backends.zero import BUCKET, PARTS, Held, gathered, part, sent, shape
 from tenbit.models import fused
 from tenbit.models.loading import Model
 from tenbit.models.logprobs import Head
@@ -42,8 +42,7 @@ from tenbit.precision import LossScale, Precision
 from tenbit.recipe import BackendSpec, OptimSpec
 from tenbit.types import Batch, Stat, Stats
 
-BUCKET = 200_000_000  # elements that are reduced or gathered together, at most
-CHUNK = 1 << 28  # elements of a checkpoint that a rank reads at a time: 1 GiB
+CHUNK = 1 << 28  # parameters whose state a rank reads at a time: 3 GiB
 
 
 class DeepSpeedBackend:
@@ -70,9 +69,10 @@ class DeepSpeedBackend:
         fused.fuse_named(model.module, kernels)
         self._scorer = Scorer(model.module, precision.head_dtype("train"), temperature)
         if self._sharded:
-            for p in model.module.get_output_embeddings().parameters():  # used without a call of its module
+            head: Any = model.module.get_output_embeddings()
+            for p in head.parameters():  # which are used without a call of their module
                 library.zero.register_external_parameter(self._scorer, p)
-        self._params = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+        self._params: dict[str, Any] = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
         parameters = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
         self._buffers = {n: t for n, t in model.module.state_dict().items() if n not in parameters}
         self._adamw = torch.optim.AdamW(
@@ -88,12 +88,12 @@ class DeepSpeedBackend:
                 model=self._scorer, optimizer=self._adamw, config=config, dist_init_required=False
             )[0]
         self._zero: Any = self._engine.optimizer
-        self._api: Any = library.utils
-        self._make_moments()
+        self._held = Held(self._zero, self._adamw, self._params, library.utils)
         self._tell_scale()
         if precision.has_copy:
             for name, p in self._params.items():
-                self._assign(p, "master", _from_first(originals.pop(name, None), _shape(p), self._device))
+                full = sent(0, originals.pop(name, None), shape(p), precision.master.dtype, self._device)
+                self._held.assign(p, "master", full)
 
     def _tell_scale(self) -> None:
         if self._scale.moves or self._averaged != 1:
@@ -139,76 +139,26 @@ class DeepSpeedBackend:
         """A master cast to `dtype`, on every rank. Where that is the weights' own format, it is taken from them."""
         form = self._precision.copy_format.dtype
         if (self._precision.master.dtype if dtype is None else dtype) == form or not p.requires_grad:
-            if not self._sharded:
-                return p.detach().clone()
-            full = torch.empty(p.ds_tensor.numel() * world.size(), dtype=form, device=self._device)
-            dist.all_gather_into_tensor(full, p.ds_tensor.detach().to(self._device))
-            return full[: p.ds_numel].view(p.ds_shape)
-        master = self._api.safe_get_full_fp32_param(p)
+            return gathered(p, p.ds_tensor) if self._sharded else p.detach().clone()
+        master = self._held.full(p, "master")
         return master if dtype is None else master.to(dtype)
 
     @torch.no_grad()
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, p in self._params.items():
-            for key, tensor in self._kept(p).items():
+            for key, tensor in self._held.mine(p).items():
                 yield ("master", name, tensor) if key == "master" else ("optimizer", f"{name}.{key}", tensor)
             yield "copy", name, p.ds_tensor if self._sharded else p
-        names = {id(p): name for name, p in self._params.items()}
-        for p, gradient in _gradients(self._zero, self._params.values()):
-            yield "gradient", names[id(p)], gradient
-        head = Head.of(self._module, self._precision.head_dtype("train"))
-        plain = Head(torch.zeros(1, 8), None, head.dtype, head.softcap, head.scale)
-        yield "logits", "of a zero hidden state", plain.logits(torch.zeros(1, 8))
-
-    def _kept(self, p: Any) -> dict[str, Tensor]:
-        """This rank's part of a parameter's master and moments, flat; nothing where it is all on other ranks."""
-        if self._sharded:
-            group, start, count = self._zero.grad_position[self._zero.get_param_id(p)]
-            flat = self._zero.fp32_partitioned_groups_flat[group]
-            kept = {"master": flat, **{key: self._adamw.state[flat][key] for key in MOMENTS}}
-            return {key: tensor.detach().narrow(0, start, count) for key, tensor in kept.items()}
-        if p._hp_mapping is None:
-            return {}
-        keys = {"master": None} | dict(zip(MOMENTS, MOMENTS, strict=True))
-        return {key: p._hp_mapping.get_hp_fragment(optim_state_key=name) for key, name in keys.items()}
-
-    def _make_moments(self) -> None:
-        """AdamW makes them at its first update; a checkpoint may be taken or read before that."""
-        for flat in _flats(self._zero):
-            state = self._adamw.state[flat]
-            state["step"] = torch.zeros((), dtype=self._precision.optimizer.dtype, device=flat.device)
-            state.update({key: torch.zeros_like(flat) for key in MOMENTS})
-        if not self._sharded:
-            self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _assign(self, p: Any, key: str, full: Tensor) -> None:
-        """Each rank takes its part of a whole master or moment. Not a collective."""
-        if self._sharded:  # DeepSpeed's function for whole tensors fails where the ranks do not divide one
-            if key == "master":
-                self._api.safe_set_local_fp32_param(p, _part(p, full))
-            else:
-                self._api.safe_set_local_optimizer_state(p, _part(p, full), key)
-        elif key == "master":
-            self._api.safe_set_full_fp32_param(p, full)
-        else:
-            self._api.safe_set_full_optimizer_state(p, full, key)
-
-    @torch.no_grad()
-    def _set_weights(self, p: Any, value: Tensor) -> None:
-        """Sets what is computed with: the whole parameter, or at stage 3 this rank's part of it."""
-        if not self._sharded:
-            p.copy_(value)
-            return
-        p.ds_tensor.copy_(value)
-        if p.ds_status == type(p.ds_status).AVAILABLE:  # small ones stay gathered between steps
-            p.partition(has_been_updated=False)
+        for name, total in self._held.gradients():
+            yield "gradient", name, total
+        head, row = Head.of(self._module, self._precision.head_dtype("train")), torch.zeros(1, 1)
+        plain = Head(row, None, head.dtype, head.softcap, head.scale)  # at stage 3 the weight is elsewhere
+        yield "logits", "of a zero hidden state", plain.logits(row)
 
     @torch.no_grad()
     def snapshot(self) -> list[Tensor]:
-        return [(p.ds_tensor if self._sharded else p).detach().to("cpu", copy=True) for p in self._all()]
-
-    def _all(self) -> list[Any]:
-        return list(self._params.values())
+        """An even share of every parameter, also at stages 1 and 2, where each rank computes with all of it."""
+        return [(p.ds_tensor if self._sharded else part(p, p)).to("cpu", copy=True) for p in self._params.values()]
 
     @contextlib.contextmanager
     def at(self, snapshot: list[Tensor]) -> Iterator[None]:
@@ -219,21 +169,17 @@ class DeepSpeedBackend:
         finally:
             self._put(now)
 
-    def _put(self, values: list[Tensor]) -> None:
-        for p, value in zip(self._all(), values, strict=True):
-            self._set_weights(p, value)
+    def _put(self, parts: list[Tensor]) -> None:
+        for p, mine in zip(self._params.values(), parts, strict=True):
+            self._held.set_weights(p, gathered(p, mine.to(self._device)))
 
     @torch.no_grad()
     def state(self) -> TrainerState:
         """Whole tensors, gathered one at a time; rank i keeps every size-th parameter, on the CPU."""
         tensors: dict[str, Tensor] = {}
         for i, (name, p) in enumerate(self._params.items()):
-            for key in ("master", *MOMENTS):
-                full = (
-                    self._api.safe_get_full_fp32_param(p)
-                    if key == "master"
-                    else self._api.safe_get_full_optimizer_state(p, key)
-                )
+            for key in PARTS:
+                full = self._held.full(p, key)
                 if i % world.size() == world.rank():
                     tensors[f"{key}.{name}"] = full.detach().to("cpu", copy=True)
         counts = {
@@ -248,18 +194,18 @@ class DeepSpeedBackend:
     def restore(self, counts: Mapping[str, float], read: Read) -> None:
         """Every rank reads its share of the parameters and hands each to the others."""
         form = self._precision.master.dtype
-        for chunk in _chunks([(name, p) for name, p in self._params.items()], CHUNK * world.size()):
-            owned = dict(chunk[world.rank() :: world.size()])
-            mine = {f"{k}.{n}": torch.empty(_shape(p), dtype=form) for n, p in owned.items() for k in ("master", *MOMENTS)}
+        for chunk in _chunks(list(self._params.items()), CHUNK * world.size()):
+            owned = chunk[world.rank() :: world.size()]
+            mine = {f"{key}.{name}": torch.empty(shape(p), dtype=form) for name, p in owned for key in PARTS}
             read(mine)
             for i, (name, p) in enumerate(chunk):
-                for key in ("master", *MOMENTS):
-                    full = _from_first(mine.pop(f"{key}.{name}", None), _shape(p), self._device, i % world.size())
-                    self._assign(p, key, full)
+                for key in PARTS:
+                    owner, full = i % world.size(), mine.pop(f"{key}.{name}", None)
+                    full = sent(owner, full, shape(p), form, self._device)
+                    self._held.assign(p, key, full)
                     if key == "master":
-                        self._set_weights(p, _part(p, full) if self._sharded else full)
-        for flat in _flats(self._zero):
-            self._adamw.state[flat]["step"].fill_(counts["updates"])  # skipped steps advanced neither
+                        self._held.set_weights(p, full)
+        self._held.set_count(counts["updates"])  # skipped steps advanced neither
         self._skips.updates, self._skips.in_a_row = int(counts["updates"]), int(counts["skips_in_a_row"])
         self._scale.restore(float(counts["loss_scale"]), int(counts["clean_steps"]))
         self._tell_scale()
@@ -302,6 +248,11 @@ def _library(device: torch.device) -> Any:
             f"backend.name = 'deepspeed': DeepSpeed cannot be imported ({error}). Install it by pip install "
             "'tenbit[deepspeed]', or set backend.name = 'fsdp'"
         ) from error
+    if not hasattr(library.DeepSpeedEngine, "managed_gradient_accumulation"):  # older ones ignore what they do not know
+        raise ValueError(
+            f"backend.name = 'deepspeed': DeepSpeed {library.__version__} cannot leave the end of an update to its "
+            "caller. Install a newer one by pip install 'tenbit[deepspeed]'"
+        )
     chosen = library.get_accelerator().device_name()
     if chosen != device.type:
         raise ValueError(
@@ -373,8 +324,8 @@ def _spread(model: Model, form: torch.dtype, library: Any, partition: dict[str, 
 
     def coming() -> Iterator[nn.Parameter]:
         for old in list(module.parameters()):
-            here = old.detach().to(device, form) if world.is_first() else torch.empty(old.shape, dtype=form, device=device)
-            p = nn.Parameter(here, requires_grad=old.requires_grad)
+            here = old.detach().to(form) if world.is_first() else torch.empty_like(old, dtype=form, device=device)
+            p = nn.Parameter(here.to(device), requires_grad=old.requires_grad)
             for owner, name in places[id(old)]:  # a tied one has two
                 owner._parameters[name] = p
             yield p
@@ -386,66 +337,16 @@ def _spread(model: Model, form: torch.dtype, library: Any, partition: dict[str, 
     for name, b in list(module.named_buffers()):
         owner, _, last = name.rpartition(".")
         kept = b if world.is_first() else None
-        module.get_submodule(owner)._buffers[last] = _from_first(kept, b.shape, device, form=b.dtype)
+        module.get_submodule(owner)._buffers[last] = sent(0, kept, b.shape, b.dtype, device)
     return originals
-
-
-def _from_first(
-    full: Tensor | None, shape: torch.Size, device: torch.device, first: int = 0, form: torch.dtype | None = None
-) -> Tensor:
-    """A tensor that one rank has, on the device of all."""
-    form = form or torch.get_default_dtype()
-    here = torch.empty(shape, dtype=form, device=device) if full is None else full.detach().to(device, form)
-    dist.broadcast(here, src=first)
-    return here
-
-
-def _shape(p: Any) -> torch.Size:
-    return getattr(p, "ds_shape", p.shape)
-
-
-def _part(p: Any, full: Tensor) -> Tensor:
-    """This rank's part of a tensor under stage 3: an even share, the last one padded."""
-    share = p.ds_tensor.numel()
-    part = torch.zeros(share, dtype=full.dtype, device=full.device)
-    rest = full.flatten()[share * world.rank() : share * (world.rank() + 1)]
-    part[: rest.numel()] = rest
-    return part
 
 
 def _chunks(named: list[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:
     """Parameters in order, as many at a time as have `limit` elements, and one at least."""
     chunk: list[tuple[str, Any]] = []
     for item in named:
-        if chunk and sum(_shape(p).numel() for _, p in chunk) + _shape(item[1]).numel() > limit:
+        if chunk and sum(shape(p).numel() for _, p in chunk) + shape(item[1]).numel() > limit:
             yield chunk
             chunk = []
         chunk.append(item)
     yield chunk
-
-
-def _flats(zero: Any) -> list[Tensor]:
-    """The flat FP32 partitions that AdamW updates, by the name that each kind of ZeRO has for them."""
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(zero, name):
-            return list(getattr(zero, name))
-    raise AssertionError(f"{type(zero).__name__} keeps its masters somewhere else")
-
-
-def _gradients(zero: Any, params: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
-    """(parameter, this rank's sum of gradients) between `accumulate` and `step`."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        for i, group in enumerate(zero.fp16_groups):
-            yield from zip(group, zero.averaged_gradients.get(i) or (), strict=False)
-        return
-    for p in params:
-        if getattr(p, "grad_accum", None) is not None:  # stage 1: whole sums, reduced by `step`
-            yield p, p.grad_accum
-        elif p._hp_mapping is not None:
-            try:
-                yield p, p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
-            except ValueError:  # sums in the format of the weights are kept elsewhere
-                if p.grad is not None:
-                    yield p, p.grad
-    for group, sums in getattr(zero, "all_grad_tensors", {}).items():
-        yield from zip(zero.params_in_partition[group], sums or (), strict=False)

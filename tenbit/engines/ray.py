@@ -5,7 +5,8 @@
         completions = engine.generate(prompts, sampling)
 
 Every actor holds an engine of `rollout.ray.engine`'s kind and makes it from the model's outline. Prompts are handed out
-in chunks as engines become free; a response depends on its seed, not on who draws it. Weights are put into Ray's object
+in chunks as engines become free; a response depends on its seed, and, in its last bits, on what is computed together
+with it, which is its chunk; never on who draws it, or when. Weights are put into Ray's object
 store once, bucket by bucket, so each machine holds one copy that its engines read in place. `stage` and `install` are
 the two halves of an update: several versions may be staged while an older one still samples. What happens when an actor
 dies is in `ray_pool.py`, the cluster in `ray_cluster.py`, the actor's side in `ray_worker.py`.
@@ -80,6 +81,7 @@ class RayEngine:
         except BaseException:
             ray_cluster.leave(self._ray)
             raise
+        self._began_with = len(self._pool.seats)
 
     def _filled(self, model: Model, precision: Precision, rollout: RolloutSpec, seed: int, longest: int | None) -> Pool:
         spec, ray = self._spec, self._ray
@@ -91,6 +93,7 @@ class RayEngine:
                 f"{spec.cpus:g} CPUs and {gpus:g} GPUs each, and {spec.engines or 'at least 1'} are wanted. Lower "
                 "rollout.ray.engines, .cpus or .gpus, or add machines to the cluster"
             )
+        ray_cluster.refuse_second(ray, spec.cpus, gpus)
         inner = rollout.model_copy(update={"engine": spec.engine, "ahead": 0})
         order = Order(Outline.of(model), precision, inner, seed, longest, spec.cpus, gpus > 0)
         cls = ray.remote(Actor)
@@ -167,12 +170,11 @@ class RayEngine:
         sampler.check(sampling)
         if self.version is None:
             raise ValueError("the engine has no weights yet, or its last load failed: call load_weights first.")
-        even = math.ceil(len(items) / (4 * max(1, len(self._pool.seats))))
-        step = len(items) if seat is not None else self._spec.chunk or even
-        tasks = [
-            Task(request, (items[start : start + step], sampling, start), seat)
-            for start in range(0, len(items), max(1, step))
-        ]
+        # a quarter of what the pool began with: neither deaths nor speed change what is computed together
+        even = math.ceil(len(items) / (4 * self._began_with))
+        step = max(1, len(items) if seat is not None else self._spec.chunk or even)
+        starts = range(0, len(items), step)
+        tasks = [Task(request, (items[start : start + step], sampling, start), seat) for start in starts]
         return [value for values in self._pool.do(tasks) for value in values]
 
     # --- life and death

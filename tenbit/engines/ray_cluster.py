@@ -1,7 +1,7 @@
 """The Ray cluster of a run: RAY_ADDRESS's, or one on this machine that ends with the run. `ray` is the library.
 
 A local cluster keeps quiet, asks nothing of the network, and leaves no files. It gets those of the machine's GPUs that
-no rank trains on; all of them, if there are no others. Ray's processes never hear Ctrl-C, which only the trainer
+no rank trains on; all of them, if there are no others. Ray's processes do not hear Ctrl-C, which only the trainer
 decides about, and they end when the trainer does, however it ends.
 """
 
@@ -15,14 +15,18 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tenbit.engines.ray_worker import launched_by
 
+PREFIX = "tenbit-ray-"
 PATIENCE = 10.0  # seconds for an address to answer
+FREED = 10.0  # seconds until Ray knows that the place of a closed pool is free
 _MOST_OF_MEMORY, _LEAST_STORE = 0.4, 100 << 20
 _users = 0  # engines of this process in the cluster that this process joined or started for them
 _folder: str | None = None  # the local cluster's
@@ -40,13 +44,13 @@ def join(ray: Any, cpus: float, store: int) -> None:
         return
     address = os.environ.get("RAY_ADDRESS", "").strip()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     logging.getLogger("ray").setLevel(logging.ERROR)
     told = {"include_dashboard": None, "log_to_driver": False, "configure_logging": False}
     with _own_signals():
         if address and address != "local":
             _reachable(address)
-            _start(ray, f"RAY_ADDRESS = {address!r}: the cluster there could not be joined", told | {"address": address})
+            what = f"RAY_ADDRESS = {address!r}: the cluster there could not be joined"
+            _start(ray, what, told | {"address": address})
         else:
             _start_local(ray, told, cpus, store)
     # what the cluster has to say of a process that died arrives with the call that it was doing
@@ -71,7 +75,8 @@ def _start(ray: Any, what: str, told: Mapping[str, Any]) -> None:
 
 def _start_local(ray: Any, told: dict[str, Any], cpus: float, store: int) -> None:
     global _folder
-    _folder = tempfile.mkdtemp(prefix="tenbit-ray-")  # short: names of sockets may have 107 characters
+    remove_left()
+    _folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")  # short: names of sockets may have 107 characters
     spare = spare_gpus(os.environ, torch.cuda.device_count())
     told |= {
         "address": "local",
@@ -100,6 +105,14 @@ def leave(ray: Any) -> None:
         with _own_signals():
             ray.shutdown()
         _remove_folder()
+
+
+def remove_left() -> None:
+    """Removes the folders of runs on this machine that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        owner = left.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove_folder() -> None:
@@ -143,6 +156,18 @@ def room(ray: Any, cpus: float, gpus: float) -> tuple[int, int]:
     whole = sum(min(int(has.get(key, 0) / n + 1e-9) for key, n in need.items()) for has in nodes)
     free = ray.available_resources()
     return whole, min(whole, *(int(free.get(key, 0) / n + 1e-9) for key, n in need.items()))
+
+
+def refuse_second(ray: Any, cpus: float, gpus: float) -> None:
+    """A pool of this process that fills the cluster will not make room for another one. Raises ValueError."""
+    end = time.monotonic() + FREED
+    while _users > 1 and (cpus or gpus) and room(ray, cpus, gpus)[1] == 0:
+        if time.monotonic() > end:
+            raise ValueError(
+                "rollout.engine = 'ray': another pool of this run fills the cluster. Lower rollout.ray.engines so that "
+                "both fit, or leave out what samples besides (compare.precisions = [])"
+            )
+        time.sleep(0.1)
 
 
 def has_gpus(ray: Any) -> bool:

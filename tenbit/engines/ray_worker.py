@@ -1,8 +1,8 @@
 """The far side of `ray.py`: an engine in a process of its own, and how weights travel to it. Knows nothing of Ray.
 
-    for bucket in pack(named):                        in the trainer: bytes, with dtype, shape and checksum of each tensor
-        ...                                           a copy of the bucket, read in place by every process of a machine
-    worker.ask("install", buckets, version)           in the engine's process: each checksum held against the bytes
+    for bucket in pack(named):                    in the trainer: bytes, with dtype, shape and checksum of each tensor
+        ...                                       a copy of the bucket, read in place by every process of a machine
+    worker.ask("install", buckets, version)       in the engine's process: each checksum held against the bytes
 
 Tensors travel as bytes because numpy, whose arrays are read in place, has no word for every dtype. A worker never lets
 an error out: it answers with it, so that the caller gets the engine's own error and not that of the way back.
@@ -55,18 +55,22 @@ def pack(named: Iterable[tuple[str, Tensor]], limit: int = BUCKET) -> Iterator[B
         if bucket.rows and bucket.bytes + data.nbytes > limit:
             yield bucket
             bucket = Bucket([], [])
-        bucket.rows.append((name, tensor.dtype, tuple(tensor.shape), checksum(held)))
+        bucket.rows.append((name, tensor.dtype, tuple(tensor.shape), checksum(tensor)))
         bucket.data.append(data)
     if bucket.rows:
         yield bucket
 
 
-def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, still in the memory of the bucket, which must not be written to. Raises Undelivered."""
+def unpack(bucket: Bucket, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """The tensors on `device`; on a CPU they lie in the memory of the bucket, which must not be written to.
+
+    Raises Undelivered. A GPU's checksums cost next to nothing, so a tensor goes there first.
+    """
     for (name, dtype, shape, sent), data in zip(bucket.rows, bucket.data, strict=True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it is read-only: it is only ever copied from
-            tensor = torch.from_numpy(data).view(dtype).view(shape)
+            flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
+        tensor = flat.view(shape).to(device)
         if checksum(tensor) != sent:
             raise undelivered(f"{name!r}: other bytes than were sent came out of the cluster's object store")
         yield name, tensor
@@ -109,6 +113,7 @@ class Worker:
         for key in launched_by(list(os.environ)):
             del os.environ[key]
         self._engine: Engine | None = None
+        self._device = "cpu"
 
     def ask(self, request: str, *args: Any) -> Answer:
         """Answers with an error of a known kind and its text alone; its trace belongs to this process."""
@@ -130,7 +135,8 @@ class Worker:
                 f"rollout.ray.gpus: Ray gave a GPU of {socket.gethostname()} to an engine, but torch finds none there. "
                 "Install a torch with CUDA on that machine, or set rollout.ray.gpus = 0"
             )
-        model = order.outline.model(torch.device("cuda" if order.gpu else "cpu"))
+        self._device = "cuda" if order.gpu else "cpu"
+        model = order.outline.model(torch.device(self._device))
         try:
             self._engine = make_engine(order.rollout, model, order.precision, order.seed, order.longest)
         except ValueError as error:  # which speaks of the engine as if it were the run's
@@ -150,7 +156,7 @@ class Worker:
         def read() -> Iterator[tuple[str, Tensor]]:
             try:
                 for bucket in buckets:
-                    yield from unpack(bucket)
+                    yield from unpack(bucket, self._device)
             except Exception as error:
                 wrong.append(error)
 

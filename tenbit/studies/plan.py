@@ -137,11 +137,12 @@ def make_plan(recipe: Recipe, source: str, machine: Machine, prompt: int = PROMP
             f"{shape.context} tokens. Lower it"
         )
     longest = min(prompt, room) + recipe.rollout.max_tokens
+    trainer, sampler = _asked_trainer(recipe, machine), _asked_sampler(recipe, machine, shape)
     tokens = max(recipe.optim.token_budget, longest)
     uses = {on: measure(config, recipe.precision, recipe.model, tokens, on) for on in (False, True)}
     bare = _Ground(recipe, machine, shape, longest, uses)
-    asked = bare.outcome(_asked_trainer(recipe, machine), _asked_sampler(recipe, machine, shape), settled=True)
-    outcomes = [bare.outcome(t, s) for s in _samplers(recipe, machine, shape) for t in _trainers(machine)]
+    asked = bare.outcome(trainer, sampler, settled=True)
+    outcomes = [bare.outcome(t, s) for s in _samplers(recipe, machine, shape) for t in _trainers(recipe, machine)]
     return Plan(recipe, source, model, machine, shape, longest, uses, asked, outcomes)
 
 
@@ -157,6 +158,7 @@ def _asked_trainer(recipe: Recipe, machine: Machine) -> Trainer:
         return Trainer("single", checkpointing=again)
     if name == "fsdp":
         return Trainer("fsdp", reshard=spec.reshard, offload=spec.offload, checkpointing=again)
+    recipe.precision.deepspeed()  # raises for a plan that it cannot follow
     return Trainer("deepspeed", stage=spec.stage, offload=spec.offload, checkpointing=again)
 
 
@@ -181,8 +183,9 @@ def _asked_sampler(recipe: Recipe, machine: Machine, shape: Shape) -> Sampler:
     return Sampler(rollout.ray.engine, tensor, pool)
 
 
-def _trainers(machine: Machine) -> Iterator[Trainer]:
+def _trainers(recipe: Recipe, machine: Machine) -> Iterator[Trainer]:
     many = machine.gpus > 1
+    stages = () if recipe.precision.casting == "autocast" else (1, 2, 3)  # DeepSpeed knows no autocast of ours
     for again in (False, True):
         if not many:
             yield Trainer("single", checkpointing=again)
@@ -190,7 +193,7 @@ def _trainers(machine: Machine) -> Iterator[Trainer]:
             yield Trainer("fsdp", offload=offload, checkpointing=again)
             if not offload:
                 yield Trainer("fsdp", reshard=False, checkpointing=again)
-            for stage in (1, 2, 3):
+            for stage in stages:
                 yield Trainer("deepspeed", stage=stage, offload=offload, checkpointing=again)
 
 
@@ -250,7 +253,7 @@ class _Ground:
             train=train,
             update=update,
             sample=sample,
-            host=memory.host(shape, plan, trainer, sampler, ranks, self.machine.per_node),
+            host=memory.host(shape, self.recipe, trainer, sampler, ranks, self.machine.per_node),
             engines=(sampler.pool or ranks) // sampler.tensor,
             share=share,
             sequences=max(0, cache) // (memory.cache_per_token(shape, plan, sampler) * self.longest),

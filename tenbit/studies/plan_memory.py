@@ -23,6 +23,7 @@ GIB = 2**30
 FP32 = Format.FP32.bytes
 CONTEXT = int(1.5 * GIB)  # CUDA context, loaded kernels, NCCL's buffers: between 1 and 2 GiB
 ENGINE_WORK = int(2 * GIB)  # vLLM's activations while it reads prompts, and its CUDA graphs: between 1 and 3 GiB
+BUCKET = 200_000_000  # elements that DeepSpeed reduces together, as in backends/deepspeed.py
 PROCESS = int(5 * GIB)  # host memory of one Python process with torch, its pinned buffers and vLLM: between 3 and 8 GiB
 
 
@@ -98,6 +99,8 @@ def resident(shape: Shape, precision: Precision, trainer: Trainer, ranks: int) -
         state = []
     if trainer.backend == "deepspeed":
         state.append(Part("weights to compute with", copy * (share if trainer.stage == 3 else p)))
+        if trainer.stage == 3:  # made once and never freed
+            state += [gradients(shape, precision, trainer, ranks), _bucket(shape, precision)]
     return state
 
 
@@ -109,9 +112,18 @@ def gradients(shape: Shape, precision: Precision, trainer: Trainer, ranks: int) 
     return Part("gradient sums", 0 if trainer.offload else form * count)
 
 
+def _bucket(shape: Shape, precision: Precision) -> Part:
+    """DeepSpeed reduces gradients in buckets."""
+    return Part("reduction bucket", precision.reduce.bytes * min(BUCKET, shape.parameters), False)
+
+
 def training(shape: Shape, precision: Precision, trainer: Trainer, ranks: int, use: Use) -> list[Part]:
     """The largest moment of forward and backward on one GPU."""
-    held = [*resident(shape, precision, trainer, ranks), gradients(shape, precision, trainer, ranks)]
+    held = resident(shape, precision, trainer, ranks)
+    if trainer.stage != 3:
+        held.append(gradients(shape, precision, trainer, ranks))
+    if trainer.stage in (1, 2):
+        held.append(_bucket(shape, precision))
     copy, reduce = precision.copy_format.bytes, precision.reduce.bytes
     sharded = trainer.backend == "fsdp" or (trainer.backend == "deepspeed" and trainer.stage == 3)
     compute = [Part("activations", use.kept, False), Part("working memory", use.work, False)]
@@ -162,9 +174,7 @@ def _share(count: int, ranks: int) -> int:
     return math.ceil(count / ranks)
 
 
-def host(
-    shape: Shape, precision: Precision, trainer: Trainer, sampler: Sampler, ranks: int, per_node: int
-) -> list[Part]:
+def host(shape: Shape, recipe: Recipe, trainer: Trainer, sampler: Sampler, ranks: int, per_node: int) -> list[Part]:
     """Memory of the first node, which has the most to hold: rank 0 reads the model there."""
     here = min(ranks, per_node)
     state = 3 * FP32 * shape.parameters * here // ranks
@@ -176,7 +186,8 @@ def host(
     if trainer.offload:
         parts.append(Part("masters, moments, gradients", state + FP32 * shape.parameters * here // ranks))
     if sampler.pool:
-        parts.append(Part("Ray's object store: the weights", precision.sync.bytes * shape.parameters))
+        versions = 1 + recipe.rollout.ahead
+        parts.append(Part("Ray's object store: weights", versions * recipe.precision.sync.bytes * shape.parameters))
     return parts
 
 

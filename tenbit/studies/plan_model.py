@@ -170,14 +170,17 @@ def measure(config: Any, precision: Precision, spec: ModelSpec, tokens: int, che
     one = _kept(_shortened(config, 1), plan, spec, tokens, checkpointing)
     every = _kept(config, plan, spec, tokens, checkpointing)
     layer = _peak(_shortened(config, 1), plan, spec, tokens, checkpointing) - one
-    kept = times * every + _logits(config, tokens)
+    kept = times * every + head_kept(config, precision, tokens)
     return Use(tokens, kept, max(times * layer, head_work(config, precision, tokens)))
 
 
-def _logits(config: Any, tokens: int) -> int:
-    """Logits that fit one chunk are kept for the backward pass."""
-    elements = tokens * config.get_text_config().vocab_size
-    return elements * Format.FP32.bytes if elements <= CHUNK_ELEMENTS else 0
+def head_kept(config: Any, precision: Precision, tokens: int) -> int:
+    """Of the output head: its weight, where it is cast, and logits if they fit one chunk."""
+    text = config.get_text_config()
+    dtype = Format.of(precision.head_dtype("train"))
+    cast = dtype.bytes * text.vocab_size * text.hidden_size if dtype != precision.copy_format else 0
+    elements = tokens * text.vocab_size
+    return cast + (elements * Format.FP32.bytes if elements <= CHUNK_ELEMENTS else 0)
 
 
 def head_work(config: Any, precision: Precision, tokens: int) -> int:
@@ -185,10 +188,9 @@ def head_work(config: Any, precision: Precision, tokens: int) -> int:
     text = config.get_text_config()
     dtype = Format.of(precision.head_dtype("train"))
     weight, rows = text.vocab_size * text.hidden_size, max(1, CHUNK_ELEMENTS // text.vocab_size)
-    copies = 3 if tokens > rows else 2  # logits, probabilities, their gradient; `_logits` has counted kept ones
+    copies = 3 if tokens > rows else 2  # logits, probabilities, their gradient; `head_kept` has counted kept ones
     chunk = min(rows, tokens) * text.vocab_size * (copies * Format.FP32.bytes + dtype.bytes)
-    cast = dtype.bytes * weight if dtype != precision.copy_format else 0
-    return chunk + cast + Format.FP32.bytes * weight + tokens * text.hidden_size * precision.compute.bytes
+    return chunk + Format.FP32.bytes * weight + tokens * text.hidden_size * precision.compute.bytes
 
 
 def _shortened(config: Any, layers: int) -> Any:

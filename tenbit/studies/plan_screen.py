@@ -15,6 +15,8 @@ from tenbit.studies import plan_memory as memory
 from tenbit.studies.plan import FEW, HEADROOM, Outcome, Plan
 from tenbit.studies.plan_memory import GIB, Part
 
+STATE = ("FP32 masters", "AdamW's moments", "16-bit copy", "weights to compute with")
+
 
 def show(plan: Plan, console: Console, overrides: list[str] | None = None) -> None:
     """Prints the plan. `overrides` are those that the recipe was read with; they become part of the command."""
@@ -31,10 +33,10 @@ def show(plan: Plan, console: Console, overrides: list[str] | None = None) -> No
     again = ", gradient checkpointing" if shown.trainer.checkpointing else ""
     tables = {
         "Training: GB on each GPU, at the largest moment": _training(plan, shown),
-        f"Sampling beside {shown.trainer.label}: GB on each GPU; sequences of {plan.longest:,} tokens in each engine": (
+        f"Sampling beside {shown.trainer.label}: GB on each GPU; sequences of {plan.longest:,} tokens in an engine": (
             _sampling(plan, shown)
         ),
-        f"In full, {shown.trainer.label}{again}; {shown.sampler.label}: GB on each GPU; ~ marks estimates": (
+        f"In full, {shown.trainer.label}{again}; {shown.sampler.label}: GB on each GPU (~: estimate)": (
             _in_full(shown)
         ),
     }
@@ -71,12 +73,8 @@ def command(plan: Plan, outcome: Outcome, overrides: list[str]) -> list[str]:
     if outcome.trainer.backend == "single":
         return [shlex.join(["tenbit", "train", plan.source, *keys])]
     nodes, ranks = machine.nodes, min(outcome.ranks, machine.per_node)
-    if nodes == 1:
-        first = [f"export CUDA_VISIBLE_DEVICES={','.join(map(str, range(ranks)))}"] if sampler.pool else []
-        pool = ",".join(map(str, range(ranks, machine.gpus)))
-        cluster = [f"CUDA_VISIBLE_DEVICES={pool} ray start --head --num-gpus {sampler.pool}"] if sampler.pool else []
-        address = ["export RAY_ADDRESS=auto"] if sampler.pool else []
-        return [*cluster, *first, *address, f"torchrun --nproc-per-node {ranks} {run}"]
+    if nodes == 1:  # a pool starts its local cluster on the GPUs that no rank trains on
+        return [f"torchrun --nproc-per-node {ranks} {run}"]
     training = outcome.ranks // machine.per_node
     hosts = "mapfile -t HOSTS < <(scontrol show hostnames $SLURM_JOB_NODELIST)"
     step = f"srun --nodes {training} --ntasks-per-node 1 --gpus-per-node {machine.per_node}"
@@ -113,10 +111,11 @@ def _about(plan: Plan) -> Iterable[Text]:
         f"Precision {plan.recipe.precision.name}. Sequences of at most {plan.longest:,} tokens "
         f"({plan.longest - rollout.max_tokens:,} of prompt); micro-batches of {plan.uses[True].tokens:,}"
     )
+    full, half = plan.micro_batches(plan.longest), plan.micro_batches(plan.longest // 2)
+    responses = rollout.prompts * rollout.samples
     yield Text(
-        f"A step: {rollout.prompts * rollout.samples:,} responses, {optim.updates} gradient step{_s(optim.updates)}; in each "
-        f"at most {plan.micro_batches(plan.longest)} micro-batches on a rank, {plan.micro_batches(plan.longest // 2)} if "
-        "responses are half as long"
+        f"A step: {responses:,} responses, {optim.updates} gradient step{_s(optim.updates)}; in "
+        f"each at most {full} micro-batch{'es' * (full > 1)} on a rank, {half} if responses are half as long"
     )
 
 
@@ -160,7 +159,7 @@ def _training(plan: Plan, shown: Outcome) -> Table:
         mark = "bold" if label == shown.trainer.label else ""
         table.add_row(
             Text(label.removeprefix("deepspeed "), style=mark),
-            _gb(_sum(again.train, "FP32 masters", "AdamW's moments", "16-bit copy", "weights", "gradient sums")),
+            _gb(_sum(again.train, *STATE, "gradient sums", "reduction bucket")),
             _gb(_sum(again.train, "gathered", "gradients before", "gradients that")),
             _gb(_sum(plain.train, "activations", "working memory")),
             _peak(plain, plan),
@@ -197,7 +196,7 @@ def _sampling(plan: Plan, shown: Outcome) -> Table:
             table.add_row(
                 Text(outcome.sampler.label, style="bold" if outcome.sampler == shown.sampler else ""),
                 str(outcome.engines),
-                _gb(_sum(outcome.sample, "FP32 masters", "AdamW's moments", "16-bit copy", "weights to")),
+                _gb(_sum(outcome.sample, *STATE, "gradient sums", "reduction bucket")),
                 _gb(_sum(outcome.sample, "engine's weights")),
                 _gb(_sum(outcome.sample, "cache")),
                 Text(f"{outcome.sequences:,}", style="red" if not outcome.sequences else "yellow" if few else ""),
