@@ -137,7 +137,9 @@ class Canary:
         bound = self._bound_now()
         if not error <= bound:  # NaN included
             far = errors.index(error)
-            what = f"canary of {len(pairs[far][0])} tokens" + (" drawn by the engine" if far >= len(self.sequences) else "")
+            what = f"canary of {len(pairs[far][0])} tokens" + (
+                " drawn by the engine" if far >= len(self.sequences) else ""
+            )
             raise undelivered(
                 f"{what}: the log-probabilities of sampler and trainer differ by {error:.2g} (relative, root mean "
                 f"square); rounding explains at most {bound:.2g}"

@@ -1,13 +1,13 @@
-"""Checkpoints: sharded, written in the background, and whole or not at all, so that a killed run finds only complete ones.
+"""Checkpoints: sharded, written in the background, and whole or not at all: a killed run finds only complete ones.
 
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     checkpoints.save(backend, progress)         copies this rank's share, and returns; the disk is written meanwhile
     checkpoints.wait()                          until it is
 
-A checkpoint is a folder ``step-000010``: ``trainer/`` holds masters and moments in torch.distributed.checkpoint's format,
-each rank having written its shards; ``state.json`` says how far the run is, with the loss scale and the counts. The
-format is the same for every backend and knows no number of ranks, so a run may go on with another of either. It is
-written beside its final place, synced to disk, and renamed; a rename is atomic.
+A checkpoint is a folder ``step-000010``: ``trainer/`` holds masters and moments in the format of
+torch.distributed.checkpoint, each rank having written its shards; ``state.json`` says how far the run is, with the loss
+scale and the counts. The format is the same for every backend and knows no number of ranks, so a run may go on with
+another of either. It is written beside its final place, synced to disk, and renamed; a rename is atomic.
 
 Problems, responses and evaluations draw from seeds made of the recipe's seed, the step and the place, so no random
 state decides a run. Those of the libraries are kept all the same, for code of the user's own.
@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from tenbit import world
 from tenbit.backends import Backend
@@ -72,7 +73,7 @@ class Checkpoints:
                 (draft / "state.json").write_text(json.dumps(about, indent=1))
 
         world.together(describe)
-        writing: Any = dcp.async_save(
+        writing: Any = async_save(
             state.tensors,
             checkpoint_id=draft / TRAINER,
             process_group=world.writers(),
@@ -132,7 +133,7 @@ def load(checkpoint: Path, backend: Backend) -> None:
 
     def read(tensors: dict[str, Tensor]) -> None:
         try:
-            dcp.load(dict(tensors), checkpoint_id=checkpoint / TRAINER, no_dist=True)
+            load_shards(dict(tensors), checkpoint_id=checkpoint / TRAINER, no_dist=True)
         except (CheckpointException, RuntimeError, ValueError) as error:
             cause = str(error).strip().splitlines()[-1]
             raise ValueError(

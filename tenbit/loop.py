@@ -6,9 +6,9 @@
                       [evaluate]; log; [checkpoint]
 
 It knows neither how the engine samples nor how the backend trains, nor how many ranks there are: each makes the same
-batches and takes its share of them, statistics are gathered, and rank 0 writes. The mismatch is measured at the first gradient
-step, where theta = theta' and what differs is numerics alone: on the scores that Equations 8 to 10 need anyway, or
-on the first forward pass of Equations 5 to 7; it never costs a pass of its own.
+batches and takes its share of them, statistics are gathered, and rank 0 writes. The mismatch is measured at the first
+gradient step, where theta = theta' and what differs is numerics alone: on the scores that Equations 8 to 10 need
+anyway, or on the first forward pass of Equations 5 to 7; it never costs a pass of its own.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tenbit.batching import Row, collate, micro_batches, split_evenly, totals
 from tenbit.checkpoint import Progress
 from tenbit.clock import Clock
 from tenbit.evaluate import evaluate
+from tenbit.export import export
 from tenbit.mismatch import Mismatch
 from tenbit.recipe import Recipe
-from tenbit.export import export
 from tenbit.rollout import rows
 from tenbit.run import Run, open_run
 from tenbit.runlog import write_atomic

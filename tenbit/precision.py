@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 class Format(StrEnum):
@@ -214,10 +213,9 @@ class Precision(_Value):
             return torch.autocast(torch.device(device).type, dtype=self.compute.dtype)
         return contextlib.nullcontext()
 
-    def fsdp(self) -> MixedPrecisionPolicy:
-        """FSDP2's policy: in what format weights are gathered and computed with, and in what gradients are summed."""
-        gathered = self.copy_format
-        return MixedPrecisionPolicy(param_dtype=gathered.dtype, reduce_dtype=self.reduce.dtype)
+    def fsdp(self) -> dict[str, Any]:
+        """For FSDP2's MixedPrecisionPolicy: the formats that weights are gathered in and gradients summed in."""
+        return {"param_dtype": self.copy_format.dtype, "reduce_dtype": self.reduce.dtype}
 
     def deepspeed(self) -> dict[str, Any]:
         """The sections of a DeepSpeed configuration that set formats. Raises ValueError for a plan it cannot follow.

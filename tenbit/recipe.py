@@ -10,7 +10,6 @@ the run works with.
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import ALGORITHMS, CISPO, PG, Algorithm, Reduction
+from tenbit.keys import explain, one_of, override
 from tenbit.precision import Precision
 from tenbit.types import Sampling
 
@@ -136,12 +136,12 @@ class AlgorithmSpec(_Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        return _one_of("algorithm.name", name, ALGORITHMS)
+        return one_of("algorithm.name", name, ALGORITHMS)
 
     @field_validator("advantage")
     @classmethod
     def _known_advantage(cls, name: str | None) -> str | None:
-        return name if name is None else _one_of("algorithm.advantage", name, ADVANTAGES)
+        return name if name is None else one_of("algorithm.advantage", name, ADVANTAGES)
 
     @model_validator(mode="after")
     def _applies(self) -> AlgorithmSpec:
@@ -278,8 +278,8 @@ class Recipe(_Section):
             )
         if self.rollout.ahead and self.rollout.engine != "ray":
             raise ValueError(
-                f"rollout.ahead = {self.rollout.ahead}: rollout.engine = {self.rollout.engine!r} samples on the machine's "
-                "own share of training, so neither could go on while the other works. Set rollout.engine = 'ray', or "
+                f"rollout.ahead = {self.rollout.ahead}: rollout.engine = {self.rollout.engine!r} samples where "
+                "training runs, so neither could go on while the other works. Set rollout.engine = 'ray', or "
                 "rollout.ahead = 0"
             )
         if self.eval.every and not self.eval.data:
@@ -331,7 +331,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise ValueError("\n".join(f"{source}: {_explain(e)}" for e in error.errors())) from None
+            raise ValueError("\n".join(f"{source}: {explain(e, cls)}" for e in error.errors())) from None
 
     def tree(self) -> dict[str, Any]:
         """Nested dictionaries without what is None (TOML has no null)."""
@@ -346,59 +346,3 @@ class Recipe(_Section):
 
 def _given(**values: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is not None}
-
-
-def _one_of(key: str, name: str, known: dict[str, Any]) -> str:
-    if name not in known:
-        raise ValueError(f"{key} = {name!r} is not known{_near(name, known)}. There are: {', '.join(known)}")
-    return name
-
-
-def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def override(tree: dict[str, Any], item: str) -> None:
-    """Sets ``a.b=value`` in place. The value is read as TOML, or else as plain text."""
-    key, equals, text = item.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"{item!r}: an override is written key=value, such as optim.lr=2e-5")
-    try:
-        value: Any = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.strip().split(".")
-    node = tree
-    for part in path:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            if part != "precision":
-                raise ValueError(f"{item!r}: {part!r} is a value, not a table")
-            child = node[part] = {"preset": child}  # precision = "fp16" with one part of it changed
-        node = child
-    node[last] = value
-
-
-def _explain(error: Any) -> str:
-    """One pydantic error in our words."""
-    where = ".".join(str(p) for p in error["loc"])
-    if error["type"] == "extra_forbidden":
-        *section, key = error["loc"]
-        return f"there is no key {where!r}{_near(str(key), _keys_of(section))}. Remove or correct it"
-    if error["type"] == "missing":
-        return f"the key {where!r} is missing. Add it"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    return f"{where} = {error['input']!r}: {message}"
-
-
-def _keys_of(section: Sequence[Any]) -> list[str]:
-    model: Any = Recipe
-    for part in section:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        if field is None:
-            return []
-        model = field.annotation
-    return list(getattr(model, "model_fields", {}))

@@ -87,7 +87,8 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         canary = Canary.of(train, model, recipe.precision, sampling, longest)
         sampler: Sampler = OnPolicy(policy, stream, recipe, backend, canary)
         if recipe.rollout.ahead:
-            alone = Policy(pool_of(engine), model.tokenizer, grader, sampling, divided=False)
+            pool = pool_of(engine)
+            alone = Policy(pool, model.tokenizer, grader, sampling, divided=False) if pool is not None else None
             held = checkpoint.load_held(found) if found and world.is_first() else None
             ahead = Ahead(alone, stream, recipe, backend, canary, model.pad_token_id, start, held)
             sampler = stack.enter_context(contextlib.closing(ahead))
@@ -150,9 +151,7 @@ def longest_asked(recipe: Recipe, train: Sequence[Asked], evals: Mapping[str, Se
     return max(len(a.ids) + most[name] for name, asked in {"": train, **evals}.items() for a in asked)
 
 
-def write_comparison(
-    recipe: Recipe, model: loading.Model, asked: Sequence[Asked], folder: Path, runlog: Log
-) -> None:
+def write_comparison(recipe: Recipe, model: loading.Model, asked: Sequence[Asked], folder: Path, runlog: Log) -> None:
     """mismatch.json, before training, once: the formats of `compare` on the initial weights."""
     if not recipe.compare.precisions or (folder / "mismatch.json").exists():
         return

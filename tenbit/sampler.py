@@ -74,9 +74,7 @@ class Sampler(Protocol):
 class OnPolicy:
     """Samples when asked, under the newest weights."""
 
-    def __init__(
-        self, policy: Policy, stream: ProblemStream, recipe: Recipe, backend: Backend, canary: Canary
-    ) -> None:
+    def __init__(self, policy: Policy, stream: ProblemStream, recipe: Recipe, backend: Backend, canary: Canary) -> None:
         self._policy, self._stream, self._recipe = policy, stream, recipe
         self._backend, self._canary = backend, canary
 
@@ -113,12 +111,12 @@ class _Offer:
 class Ahead:
     """Samples `rollout.ahead` steps ahead, in a thread of rank 0, on a pool that only rank 0 holds.
 
-    `policy` is rank 0's own (elsewhere it is not used). `held` is what a checkpoint of `start` kept.
+    `policy` is rank 0's own (None elsewhere). `held` is what a checkpoint of `start` kept.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | None,
         stream: ProblemStream,
         recipe: Recipe,
         backend: Backend,
@@ -141,6 +139,11 @@ class Ahead:
         self._next = first + len(self._ready)  # what the thread samples next
         if world.is_first():
             threading.Thread(target=self._run, name="tenbit-ahead", daemon=True).start()
+
+    @property
+    def _pool(self) -> Any:
+        assert self._policy is not None, "rank 0 alone has it"
+        return self._policy.engine
 
     def version_of(self, step: int) -> int:
         """The number of updates under which a step's responses are sampled."""
@@ -187,8 +190,7 @@ class Ahead:
         staged, error = None, None
         if world.is_first():
             try:
-                pool: Any = self._policy.engine
-                staged = pool.stage(named)
+                staged = self._pool.stage(named)
             except Exception as failed:
                 error = failed
         for _ in named:  # gathering takes all ranks, to the end
@@ -262,12 +264,13 @@ class Ahead:
 
     def _sampled(self, step: int, version: int, offer: _Offer) -> Supply:
         clock = Clock()
-        pool: Any = self._policy.engine
+        pool, policy = self._pool, self._policy
+        assert policy is not None
         if pool.version != version:  # an evaluation may have brought them already
             with clock("deliver"):
                 pool.install(offer.staged, version)
                 self._canary.judge(self._canary.ask(pool), offer.expected)
-        collected = collect(self._policy, self._stream, self._recipe, step, clock)
+        collected = collect(policy, self._stream, self._recipe, step, clock)
         return Supply(collected, self._stream.position, collected.failures, clock.seconds)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def train_logps(
     By `SingleBackend` on a copy of the FP32 model, in micro-batches of `optim.token_budget` tokens; at
     `rollout.temperature` unless another one is given. Raises Overflow on one that is not finite.
     """
-    own = replace(model, module=copy.deepcopy(model.module).to(model.device))
+    module: Any = copy.deepcopy(model.module)
+    own = replace(model, module=module.to(model.device))
     heat = recipe.rollout.temperature if temperature is None else temperature
     backend = SingleBackend(own, precision, recipe.optim, heat, 1)
     rows = [_row(tuple(prompt), tuple(response)) for prompt, response in sequences]

@@ -20,8 +20,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
+import torch.distributed as dist
 
 from tenbit import world
 
@@ -67,9 +68,10 @@ class Watch:
     def __init__(self) -> None:
         self._rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+        c10d: Any = dist  # a type checker finds stores nowhere
+        store = c10d.TCPStore(host, port, is_master=False, wait_for_workers=False)
         run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._store = PrefixStore(f"tenbit/{run}", store)
+        self._store = c10d.PrefixStore(f"tenbit/{run}", store)
         self._host = socket.gethostname()
         self._store.set(f"who/{self._rank}", f"{self._host} {os.getpid()} {_born(os.getpid())}")
         self._store.add(f"beat/{self._rank}", 1)

@@ -48,11 +48,16 @@ def joined() -> Iterator[None]:
     if gpu:
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
-    _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    _write = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _talk, _write = _group(), _group()
     yield
     _talk = _write = None  # after an error the group is left as it is: ending it would wait for the others
     dist.destroy_process_group()
+
+
+def _group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    return group
 
 
 def rank() -> int:

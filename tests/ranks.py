@@ -1,6 +1,6 @@
 """Training on N ranks from a test: a script is run by torchrun, and what it found comes back in a file.
 
-    results = on_ranks(2, "tests/ranks_of_fsdp.py", "fp16", folder)         one result per rank
+results = on_ranks(2, "tests/ranks_of_fsdp.py", "fp16", folder)         one result per rank
 """
 
 from __future__ import annotations

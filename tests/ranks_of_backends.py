@@ -1,6 +1,6 @@
 """Run by torchrun: the same few steps on a backend named in the arguments, in every way the test asks for.
 
-    torchrun ... ranks_of_backends.py '{"name": "fsdp"}' '{"name": "fsdp", "offload": true}'
+torchrun ... ranks_of_backends.py '{"name": "fsdp"}' '{"name": "fsdp", "offload": true}'
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run as one of several processes: joins the others and waits for them, until something happens.
 
-    ranks_of_vigil.py HOST WHAT         WHAT: work for ever | raise after a second | leave
+ranks_of_vigil.py HOST WHAT         WHAT: work for ever | raise after a second | leave
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def relative(path: Path) -> str:
 FLOORS: list[set[str]] = [
     {"types", "world", "native", "vigil"},
     {"precision", "algorithms", "advantages", "mismatch", "batching"},
-    {"recipe", "models", "tasks"},
+    {"keys", "recipe", "models", "tasks"},
     {"engines", "backends"},
     {
         "canary",

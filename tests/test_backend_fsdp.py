@@ -1,4 +1,4 @@
-"""FSDP2 against the single process: the same losses, norms and parameters, on any number of ranks, however it shards."""
+"""FSDP2 against the single process: the same losses, norms and parameters on any number of ranks, however sharded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranks import on_ranks
 from tenbit.backends.choose import backend_name
 from tenbit.recipe import BackendSpec
 
-# after four steps, relative; FP32: the issue's bar. FP16: the order in which 16-bit gradients of another cut are rounded
+# after four steps, relative. FP16: another cut into micro-batches rounds 16-bit gradients in another order
 FP32_BOUND, FP16_BOUND = 1e-5, 5e-3
 
 PLAIN = {"plan": "fp32", "name": "fsdp"}

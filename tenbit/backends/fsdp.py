@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tenbit import world
@@ -157,9 +157,10 @@ def _take_weights(module: Any) -> dict[str, Tensor]:
 
 def _shard(units: list[Any], mesh: DeviceMesh, precision: Precision, spec: BackendSpec) -> None:
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if spec.offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(**precision.fsdp())
     for unit in units:  # the whole comes last, and holds what the layers do not: embedding, last norm, head
         keep = spec.reshard and unit is not units[-1]
-        fully_shard(unit, mesh=mesh, mp_policy=precision.fsdp(), offload_policy=offload, reshard_after_forward=keep)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=keep)
         unit.set_gradient_divide_factor(1.0)  # losses are divided by global totals: gradients add up over ranks
         unit.set_force_sum_reduction_for_comms(True)
 

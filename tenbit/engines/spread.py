@@ -70,7 +70,7 @@ class _Collective:
             pass
         world.agree(result)
 
-    def members(self) -> list[Engine]:
+    def members(self) -> Sequence[Engine]:
         return self.own.members() if self.own is not None else []
 
     def rest(self) -> None:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from tenbit.models import kernels
 from tenbit.precision import Format
 
-
 Kind = Literal["layer", "norm"]
 
 

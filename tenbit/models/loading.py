@@ -118,11 +118,13 @@ def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = (), *, shared: bo
     return replace(model, stop_token_ids=world.first(lambda: model.stop_token_ids))
 
 
-def _open(spec: ModelSpec, extra_stop_tokens: tuple[str, ...], weights: Literal["device", "host", "none"] = "device") -> Model:
+def _open(
+    spec: ModelSpec, extra_stop_tokens: tuple[str, ...], weights: Literal["device", "host", "none"] = "device"
+) -> Model:
     disable_progress_bar()  # a bar for reading 26 tensors says less than it hides
     device = resolve_device(spec.device)
     tokenizer = load_tokenizer(spec)
-    module = _without_weights(spec) if weights == "none" else _with_weights(spec)
+    module: Any = _without_weights(spec) if weights == "none" else _with_weights(spec)
     _refuse_strange_tokenizer(module, tokenizer, spec)
     _make_savable(module, spec)
     if weights == "device":
@@ -160,9 +162,7 @@ def _without_weights(spec: ModelSpec) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model_folder(spec.path))
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=Format.FP32.dtype, attn_implementation=spec.attention
-            )
+            return AutoModelForCausalLM.from_config(config, dtype=Format.FP32.dtype, attn_implementation=spec.attention)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(spec, error) from error
 

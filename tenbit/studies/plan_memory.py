@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from tenbit.backends.zero import BUCKET
 from tenbit.precision import Format, Precision
 from tenbit.recipe import Recipe
 from tenbit.studies.plan_model import Shape, Use
@@ -23,7 +24,6 @@ GIB = 2**30
 FP32 = Format.FP32.bytes
 CONTEXT = int(1.5 * GIB)  # CUDA context, loaded kernels, NCCL's buffers: between 1 and 2 GiB
 ENGINE_WORK = int(2 * GIB)  # vLLM's activations while it reads prompts, and its CUDA graphs: between 1 and 3 GiB
-BUCKET = 200_000_000  # elements that DeepSpeed reduces together, as in backends/deepspeed.py
 PROCESS = int(5 * GIB)  # host memory of one Python process with torch, its pinned buffers and vLLM: between 3 and 8 GiB
 
 
