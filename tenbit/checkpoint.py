@@ -19,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from tenbit import world
 from tenbit.backends import Backend
 
+# one process writes its checkpoint by itself, and that is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 TRAINER, HELD = "trainer", "held.pt"
 
 

@@ -52,10 +52,19 @@ def train(
         except Interrupted as stop:
             if world.is_first():
                 write_report(stop.folder)
-            again = ["tenbit", "train", str(recipe), *(overrides or []), "--out", str(stop.folder), "--resume"]
-            console.print(
-                Text(f"Stopped after step {stop.step}. To go on:"), Text(shlex.join(again), style="bold"), sep="\n  "
-            )
+            launcher = ["torchrun", "...", "-m"] if world.size() > 1 else []
+            again = [
+                *launcher,
+                "tenbit",
+                "train",
+                str(recipe),
+                *(overrides or []),
+                "--out",
+                str(stop.folder),
+                "--resume",
+            ]
+            how = Text(shlex.join(again), style="bold")
+            console.print(Text(f"Stopped after step {stop.step}. To go on:"), how, sep="\n  ")
             stopped = True
         except KeyboardInterrupt:
             if vigil.failed_first("stopped at once"):
@@ -261,6 +270,8 @@ def main() -> None:
     """Entry point: user errors become one message and exit status 2. Of several ranks, the first to fail speaks."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # where DeepSpeed is installed, other libraries import it, and it announces on what
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     from tenbit import vigil
     from tenbit.types import EngineFailed, Overflow
 

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from tenbit.runlog import write_atomic
 from tenbit.sampler import Supply, apart_and_drift, deliver
 from tenbit.types import Batch, EngineFailed, Stats, Totals, merge
 
+ECHO = 0.5  # seconds: a terminal and a launcher may both pass on one Ctrl-C
 Metrics = dict[str, float | int | None]
 Update = tuple[list[Batch], Totals]
 
@@ -103,7 +105,7 @@ def saved_if_engine_fails(run: Run) -> Iterator[None]:
 
 def save(run: Run) -> None:
     """A checkpoint of what is trained, and of what was sampled ahead of it."""
-    with contextlib.suppress(EngineFailed):  # what it was sampling is lost, and will be sampled anew
+    with contextlib.suppress(Exception):  # of what is sampled ahead; what needs it will raise it
         run.sampler.settle()
     held, position = run.sampler.held()
     progress = run.progress if position is None else replace(run.progress, position=position)
@@ -237,8 +239,9 @@ def times(clock: Clock) -> Metrics:
     phases = {
         f"time/{name}": clock.seconds.get(name, 0.0) for name in ("rollout", "grade", "proximal", "update", "sync")
     }
-    if "eval" in clock.seconds:
-        phases["time/eval"] = clock.seconds["eval"]
+    for name in ("eval", "wait", "rescore"):
+        if name in clock.seconds:
+            phases[f"time/{name}"] = clock.seconds[name]
     return {**phases, "time/step": clock.total}
 
 
@@ -258,13 +261,16 @@ def stop_requested() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stopping  # signals belong to the main thread
         return
-    before = signal.getsignal(signal.SIGINT)
+    before, first = signal.getsignal(signal.SIGINT), world.is_first()
+    asked: list[float] = []
 
     def handle(number: int, frame: object) -> None:
-        if stopping.is_set():
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > ECHO:
             raise KeyboardInterrupt
         stopping.set()
-        os.write(2, b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n")
+        if len(asked) == 1 and first:
+            os.write(2, b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n")
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -6,7 +6,9 @@
 
 The lag is exact, not "at most k, as it happens to be": which weights sample which responses does not depend on how fast
 anything is, so a run with the same seed, or a resumed one, is the same run. The first k + 1 steps share the initial
-weights.
+weights. A checkpoint waits for what may be sampled without newer weights, and keeps it. Only where sampling failed is
+there less to keep; then the resumed run samples what is missing under the weights that it begins with, the lag being
+shorter for up to k steps.
 
 Ahead of training, log pi - log mu holds two things: numerical mismatch and the policy's drift since. They are told
 apart on a small sample: while the weights that sampled are still at hand (a copy of this rank's shards in the compute
@@ -37,6 +39,9 @@ from tenbit.mismatch import Mismatch
 from tenbit.recipe import Recipe
 from tenbit.rollout import Collected, Policy, ProblemStream, collect
 from tenbit.types import Completion, Problem, Rollout
+
+
+ENDED = 30.0  # seconds for the thread to end: a pool that is closed, or answers that are being graded
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class _Offer:
 class Ahead:
     """Samples `rollout.ahead` steps ahead, in a thread of rank 0, on a pool that only rank 0 holds.
 
-    `policy` is rank 0's own (None elsewhere). `held` is what a checkpoint of `start` kept.
+    `policy` is rank 0's own (None elsewhere). `held` is what a checkpoint of `start` kept, on rank 0.
     """
 
     def __init__(
@@ -128,17 +133,19 @@ class Ahead:
         self._policy, self._stream, self._recipe = policy, stream, recipe
         self._backend, self._canary, self._pad = backend, canary, pad_token_id
         self._lag = recipe.rollout.ahead
-        first = start.step + 1
-        self._ready = {step: _supply(plain) for step, plain in enumerate(held or (), first)}
+        self._start = start.step
+        self._ready = {step: _supply(plain) for step, plain in enumerate(held or (), start.step + 1)}
+        self._fresh = start.step + 1 + world.first(lambda: len(self._ready))  # the first step that is not held
+        self._next = self._fresh  # what the thread samples next
         self._offers: dict[int, _Offer] = {}
         self._snapshots: dict[int, list[Tensor]] = {}
-        self._offered = -1
+        self._offered = -1  # the newest version that was handed to the thread
         self._changed = threading.Condition()
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._closed = False
-        self._next = first + len(self._ready)  # what the thread samples next
+        self._thread = threading.Thread(target=self._run, name="tenbit-ahead", daemon=True)
         if world.is_first():
-            threading.Thread(target=self._run, name="tenbit-ahead", daemon=True).start()
+            self._thread.start()
 
     @property
     def _pool(self) -> Any:
@@ -146,8 +153,12 @@ class Ahead:
         return self._policy.engine
 
     def version_of(self, step: int) -> int:
-        """The number of updates under which a step's responses are sampled."""
-        return max(0, step - 1 - self._lag)
+        """The number of updates under which a step's responses are sampled; those before `start` are gone."""
+        return max(self._start, step - 1 - self._lag)
+
+    def _last(self, version: int) -> int:
+        """The last step that may be sampled once a version is there; 0 without any."""
+        return 0 if version < 0 else min(version + 1 + self._lag, self._recipe.steps)
 
     # --- on every rank, in the main thread
 
@@ -156,9 +167,13 @@ class Ahead:
             self._offer(step - 1)
         with clock("wait"):
             supply = world.first(lambda: self._take(step))
-        supply = self._with_then(step, supply)
+        with clock("rescore"):
+            supply = self._with_then(step, supply)
         self._snapshots = {v: s for v, s in self._snapshots.items() if v >= self.version_of(step + 1)}
-        return replace(supply, now=self._score(self._sample(supply)))
+        assert supply.then is not None
+        with clock("rescore"):
+            now = self._score(sample_of(supply.collected, len(supply.then)))
+        return replace(supply, now=now)
 
     def settle(self) -> None:
         """Waits for all that may be sampled without the weights of a step that is not trained yet."""
@@ -174,17 +189,21 @@ class Ahead:
         return [_plain(supply) for _, supply in held], held[-1][1].position if held else None
 
     def close(self) -> None:
-        """Lets the thread end when it is done with what it does."""
+        """Ends the thread, and with it, if it is sampling, the pool."""
         with self._changed:
+            busy = self._thread.is_alive() and self._next <= self._last(self._offered)
             self._closed = True
             self._changed.notify_all()
+        if busy:
+            self._pool.close()
+        if self._thread.is_alive():
+            self._thread.join(ENDED)
 
     def _offer(self, version: int) -> None:
         """Hands the current weights to the thread, if there is a step to be sampled under them."""
-        if version <= self._offered or version + 1 + self._lag > self._recipe.steps:
+        steps = range(max(self._fresh, version + 1), self._last(version) + 1)
+        if version <= self._offered or not any(self.version_of(step) == version for step in steps):
             return
-        self._offered = version
-        self._snapshots[version] = self._backend.snapshot()
         sync = self._recipe.precision.sync.dtype
         named = iter(self._recipe.precision.to_engine(self._backend.weights(sync)))
         staged, error = None, None
@@ -197,27 +216,28 @@ class Ahead:
             pass
         world.agree(error)
         expected = self._canary.expect(self._backend)
+        self._snapshots[version] = self._backend.snapshot()
         with self._changed:
-            self._offers[version] = _Offer(staged, expected)
+            self._offered = version
+            if world.is_first():
+                self._offers[version] = _Offer(staged, expected)
             self._changed.notify_all()
 
     def _take(self, step: int) -> Supply:
         with self._changed:
             self._changed.wait_for(lambda: step in self._ready or self._error is not None)
             if step not in self._ready:
-                raise self._failed()
+                assert self._error is not None
+                raise self._error
             return self._ready.pop(step)
 
     def _settled(self) -> None:
         with self._changed:
-            last = min(self._offered + 1 + self._lag, self._recipe.steps)
+            last = self._last(self._offered)
             self._changed.wait_for(lambda: self._next > last or self._error is not None)
-            if self._error is not None:
-                raise self._failed()
-
-    def _failed(self) -> BaseException:
-        assert self._error is not None
-        return self._error
+            if self._next <= last:
+                assert self._error is not None
+                raise self._error
 
     def _with_then(self, step: int, supply: Supply) -> Supply:
         if supply.then is not None:
@@ -226,11 +246,12 @@ class Ahead:
             return replace(supply, then=self._score(self._sample(supply)))
 
     def _sample(self, supply: Supply) -> list[Completion]:
-        return sample_of(supply.collected, max(self._recipe.rollout.rescored, world.size()))
+        return sample_of(supply.collected, self._recipe.rollout.rescored)
 
     def _score(self, completions: Sequence[Completion]) -> list[Tensor]:
         """log pi of each, ``[T]`` on the CPU; every rank scores a share and gets all."""
         rows = [ungraded(c) for c in completions]
+        rows += rows[-1:] * (world.size() - len(rows))  # every rank has to take part
         mine: dict[int, Tensor] = {}
         plan = micro_batches([r.length for r in rows], self._recipe.optim.token_budget, world.size())
         for part in plan[world.rank()]:
@@ -238,7 +259,7 @@ class Ahead:
             logp = self._backend.logprobs(batch).cpu()
             mine |= {i: logp[place][batch.mask[place]].clone() for place, i in enumerate(part)}
         every = {i: logp for share in world.gather(mine) for i, logp in share.items()}
-        return [every[i] for i in range(len(rows))]
+        return [every[i] for i in range(len(completions))]
 
     # --- on rank 0, in the thread
 
@@ -250,16 +271,18 @@ class Ahead:
                     self._changed.wait_for(lambda version=version: version in self._offers or self._closed)
                     if self._closed:
                         return
-                    self._offers = {v: offer for v, offer in self._offers.items() if v >= version}
-                    offer = self._offers[version]
-                supply = self._sampled(self._next, version, offer)
+                supply = self._sampled(self._next, version, self._offers[version])
                 with self._changed:
                     self._ready[self._next] = supply
                     self._next += 1
+                    left = self.version_of(self._next) if self._next <= self._recipe.steps else self._recipe.steps
+                    self._offers = {v: offer for v, offer in self._offers.items() if v >= left}
                     self._changed.notify_all()
         except BaseException as error:  # raised in the main thread, by `supply` or `settle`
-            with self._changed:
-                self._error = error
+            with self._changed:  # one that is no Exception would end this rank and leave the others waiting
+                known = isinstance(error, Exception)
+                self._error = error if known else RuntimeError(f"sampling ended with {type(error).__name__}: {error}")
+                self._offers.clear()
                 self._changed.notify_all()
 
     def _sampled(self, step: int, version: int, offer: _Offer) -> Supply:

@@ -250,9 +250,10 @@ class Arrivals(TorchDispatchMode):
         written = sum(x.target.numel() for x in {(x.name, x.part): x for x in self._at.get(storage, [])}.values())
         owner = model.get_submodule(name.rpartition(".")[0])
         rows = getattr(owner, "org_vocab_size", None)
+        rows = getattr(getattr(owner, "shard_indices", None), "num_org_elements", rows)  # of this worker's part
         if storage in self._repacked and storage not in self._at:
             return False
-        if rows is not None and written >= min(rows, parameter.shape[0]) * parameter[0].numel():
+        if rows is not None and written >= rows * parameter[0].numel():
             return False
         return written < parameter.numel()
 

@@ -28,14 +28,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tenbit import world
 from tenbit.engines import sampling as sampler
 from tenbit.engines.delivery import Report, Sent, checksum, compare
+from tenbit.engines.vllm_ranks import Team, as_if_alone, executor, is_guest, team_size
 from tenbit.engines.vllm_start import (
     arguments,
     captured_errors,
     deaf_children,
     environment,
     explain,
+    refuse_differences,
+    refuse_shared_classes,
     root_cause,
     shared_file,
     tied_names,
@@ -67,11 +71,13 @@ class VllmEngine:
         self._tied = tied_names(model)
         self._gpu = model.device.type == "cuda"
         self._asleep = False
+        self._team = Team(team_size(self._spec))
         parts = (self._spec.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-        self._remote = self._spec.own_process or any(n != 1 for n in parts)  # workers in processes of their own
+        within = self._team.size > 1 or all(n == 1 for n in parts)  # one worker, in this process
+        self._remote = self._spec.own_process or not within
         self._installed: list[Report] = []
         self._dead: str | None = None
-        self._llm, self._params = _start(model, precision, rollout, seed, self._context)
+        self._llm, self._params = _start(model, precision, rollout, seed, self._context, self._team)
         self._watch = Watch(self._llm.llm_engine.engine_core) if self._spec.own_process else None
         if not self._spec.own_process:
             _in_this_process.add(self)
@@ -84,29 +90,10 @@ class VllmEngine:
             raise
 
     def _refuse_differences(self) -> None:
-        """What vLLM made of its arguments, held against the plan. Raises ValueError naming the part."""
-        made = self._config.model_config
-        if not self._remote and ".transformers" in self._llm.collective_rpc("tenbit_model_module")[0]:
-            raise ValueError(
-                f"rollout.engine = 'vllm': vLLM runs {made.hf_config.model_type!r} through transformers' own classes, "
-                "and changes them for the trainer, too, when both are in one process. Set rollout.vllm.own_process = "
-                "true, or rollout.engine = 'torch'"
-            )
-        wanted = {
-            "dtype": (made.dtype, self.precision.rollout.dtype),
-            "head's dtype": (made.head_dtype, self.precision.head_dtype("rollout")),
-            "cache's dtype": (self._config.cache_config.cache_dtype, "auto"),
-            "quantization": (made.quantization, None),
-            "logprobs_mode": (made.logprobs_mode, "processed_logprobs"),
-            "vocabulary": (made.get_vocab_size(), self._vocabulary),
-        }
-        for what, (has, plan) in wanted.items():
-            if has != plan:
-                raise ValueError(
-                    f"rollout.engine = 'vllm': its {what} is {has}, but the trainer's policy has {plan}: the two would "
-                    "be different policies. Remove what rollout.vllm.options says about it, or use "
-                    "rollout.engine = 'torch'"
-                )
+        """What vLLM made of its arguments and of the model, held against the plan. Raises ValueError."""
+        if not self._remote:
+            refuse_shared_classes(self._config, self._llm.collective_rpc("tenbit_model_module")[0])
+        refuse_differences(self._config, self.precision, self._vocabulary)
 
     # --- weights
 
@@ -123,7 +110,8 @@ class VllmEngine:
             self._marker()  # fills the cache under the old weights, for the trial below
         sent: dict[str, Sent] = {}
         refused: list[Exception] = []
-        installed = self._install(self._checked(named_tensors, sent, refused))
+        named = iter(named_tensors)
+        installed = self._team.reports(lambda: self._install(self._checked(named, sent, refused)), named)
         if refused:
             raise refused[0]
         self._refuse_gaps(sent)
@@ -219,6 +207,7 @@ class VllmEngine:
 
     def _wake(self, what: str) -> None:
         if self._asleep:
+            torch.cuda.empty_cache()  # what training has freed, its allocator still holds
             self._call("waking up", self._llm.wake_up, tags=[what])
 
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -336,7 +325,8 @@ class VllmEngine:
     # --- life and death
 
     def _generate(self, doing: str, texts: list[Any], asked: Any) -> list[Any]:
-        return self._call(doing, self._llm.generate, texts, asked, use_tqdm=False)
+        with self._team.shared_fate():
+            return self._call(doing, self._llm.generate, texts, asked, use_tqdm=False)
 
     def _call(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Every call into vLLM: whatever it dies of becomes one error with its cause, and it is not called again.
@@ -365,9 +355,9 @@ class VllmEngine:
             self._watch.close()
         _in_this_process.discard(self)
         with contextlib.suppress(Exception):  # it may have died already
-            if self._spec.own_process or not _in_this_process:
+            if self._spec.own_process or not (_in_this_process or is_guest()):
                 llm.llm_engine.engine_core.shutdown()
-            else:  # a full shutdown would take down the process group that the other engines here use
+            else:  # a full shutdown would take down the process group that others here use
                 llm.llm_engine.engine_core._finalizer.detach()
                 llm.collective_rpc("shutdown")
         del llm
@@ -384,17 +374,40 @@ class VllmEngine:
         self.close()
 
 
-def _start(model: Model, precision: Precision, rollout: RolloutSpec, seed: int, context: int) -> tuple[Any, Any]:
+def _start(
+    model: Model, precision: Precision, rollout: RolloutSpec, seed: int, context: int, team: Team
+) -> tuple[Any, Any]:
     """vLLM with random weights, made from the trainer's own configuration; and its class of sampling parameters."""
-    environment(own_process=rollout.vllm.own_process)
-    set_threads = torch.set_num_threads  # vLLM's CPU worker puts a function in its place that does nothing
-    with tempfile.TemporaryDirectory(prefix="tenbit-vllm-") as folder, captured_errors() as said, deaf_children():
+    own = rollout.vllm.own_process
+    if team.size > 1 and _in_this_process:
+        raise ValueError(
+            "rollout.vllm.options.tensor_parallel_size: a second vLLM beside one that is spread over ranks (for "
+            "compare.precisions, say) would need all of them. Set compare.precisions = [], or tensor_parallel_size = 1"
+        )
+    # the first engine of a process makes groups, which takes all ranks; later ones use them
+    fate = Team(1 if own or _in_this_process else world.size()).shared_fate()
+    with fate, tempfile.TemporaryDirectory(prefix="tenbit-vllm-") as folder:
         config = copy.deepcopy(model.module.config)
         config.architectures = [type(model.module).__name__]
         config.save_pretrained(folder)
         told = arguments(folder, model, precision, rollout, seed, context)
+        if own:
+            with as_if_alone(model.device.type == "cuda"):
+                return _opened(told, model, rollout)
+        return _opened(told, model, rollout, team if world.size() > 1 else None)
+
+
+def _opened(
+    told: dict[str, Any], model: Model, rollout: RolloutSpec, team: Team | None = None
+) -> tuple[Any, Any]:
+    environment(own_process=rollout.vllm.own_process)
+    set_threads = torch.set_num_threads  # vLLM's CPU worker puts a function in its place that does nothing
+    with captured_errors() as said, deaf_children():
         try:
             vllm: Any = importlib.import_module("vllm")
+            if team is not None:
+                uniproc = importlib.import_module("vllm.v1.executor.uniproc_executor")
+                told = told | {"distributed_executor_backend": executor(uniproc, team)}
             return vllm.LLM(**told), vllm.SamplingParams
         except Exception as error:  # of a dozen kinds, of which the text is what helps
             raise ValueError(explain(error, said(), rollout, model)) from error

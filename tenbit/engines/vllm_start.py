@@ -120,6 +120,36 @@ def arguments(
     return told | spec.options
 
 
+def refuse_shared_classes(config: Any, module: str) -> None:
+    """Raises ValueError if vLLM, in the trainer's process, runs the trainer's own model classes (of `module`)."""
+    if ".transformers" in module:
+        raise ValueError(
+            f"rollout.engine = 'vllm': vLLM runs {config.model_config.hf_config.model_type!r} through transformers' own "
+            "classes, and changes them for the trainer, too, when both are in one process. Set "
+            "rollout.vllm.own_process = true, or rollout.engine = 'torch'"
+        )
+
+
+def refuse_differences(config: Any, precision: Precision, vocabulary: int) -> None:
+    """What vLLM made of its arguments, held against the plan. Raises ValueError naming the part."""
+    made = config.model_config
+    wanted = {
+        "dtype": (made.dtype, precision.rollout.dtype),
+        "head's dtype": (made.head_dtype, precision.head_dtype("rollout")),
+        "cache's dtype": (config.cache_config.cache_dtype, "auto"),
+        "quantization": (made.quantization, None),
+        "logprobs_mode": (made.logprobs_mode, "processed_logprobs"),
+        "vocabulary": (made.get_vocab_size(), vocabulary),
+    }
+    for what, (has, plan) in wanted.items():
+        if has != plan:
+            raise ValueError(
+                f"rollout.engine = 'vllm': its {what} is {has}, but the trainer's policy has {plan}: the two would "
+                "be different policies. Remove what rollout.vllm.options says about it, or use "
+                "rollout.engine = 'torch'"
+            )
+
+
 def explain(error: BaseException, printed: str, rollout: RolloutSpec, model: Model) -> str:
     """vLLM's refusal, an exception and what was `printed`, as the recipe's key and a remedy."""
     chain = [error]
