@@ -10,10 +10,12 @@ import fcntl
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tenbit.recipe import Recipe
 
-MAY_CHANGE = ("name", "steps", "log_samples", "checkpoint")  # on --resume, without making it another run
+# on --resume, without making it another run: what trains and how many sample decide where, not what
+MAY_CHANGE = ("name", "steps", "log_samples", "checkpoint", "backend", "rollout.ray.engines", "rollout.ray.restarts")
 
 
 def choose_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
@@ -46,14 +48,23 @@ def check_same(recipe: Recipe, folder: Path) -> None:
     """A resumed run must be the same run. Raises ValueError naming the keys that differ."""
     if not (folder / "recipe.toml").is_file():
         return
-    old, new = Recipe.load(folder / "recipe.toml").tree(), recipe.tree()
+    old, new = (_flat(r.tree()) for r in (Recipe.load(folder / "recipe.toml"), recipe))
     free = MAY_CHANGE if recipe.optim.schedule == "constant" else tuple(k for k in MAY_CHANGE if k != "steps")
-    differing = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    differing = [k for k in changed if not any(k == f or k.startswith(f"{f}.") for f in free)]
     if differing:
         what = "; ".join(f"{k}: was {old.get(k)}, is {new.get(k)}" for k in differing)
         raise ValueError(
             f"{folder}: --resume goes on with the same recipe, but {what}. Start a new run with another --out"
         )
+
+
+def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` -> ``{"optim.lr": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return out
 
 
 def make_folder(folder: Path) -> None:

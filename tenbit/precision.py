@@ -70,6 +70,9 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+LARGEST_SCALE = 2.0**127  # the loss and its scale are FP32
+
+
 class LossScale(_Value):
     """Dynamic loss scaling (section 3.2): lowered at once on an overflow, raised after `interval` clean steps."""
 
@@ -77,6 +80,37 @@ class LossScale(_Value):
     growth: float = Field(2.0, gt=1.0)
     backoff: float = Field(0.5, gt=0.0, lt=1.0)
     interval: int = Field(2000, ge=1)
+
+
+class Scale:
+    """The loss scale S as a run moves it, by the rules that `torch.amp.GradScaler` has too.
+
+    It is given a step's outcome and looks at no gradient: that one overflowed on any rank shows in their common norm,
+    which every step needs anyway, so agreeing on it costs nothing and all ranks move alike.
+    """
+
+    def __init__(self, rules: LossScale | None) -> None:
+        self._rules = rules
+        self.value, self.clean_steps = (rules.initial if rules else 1.0), 0
+
+    @property
+    def moves(self) -> bool:
+        return self._rules is not None
+
+    def update(self, skipped: bool) -> None:
+        """Lowered at once when a step was skipped, raised after `interval` that were not."""
+        if self._rules is None:
+            return
+        self.clean_steps = 0 if skipped else self.clean_steps + 1
+        if skipped:
+            self.value *= self._rules.backoff
+        elif self.clean_steps == self._rules.interval:
+            self.value, self.clean_steps = min(self.value * self._rules.growth, LARGEST_SCALE), 0
+
+    def restore(self, value: float, clean_steps: int) -> None:
+        """As a checkpoint kept it."""
+        if self._rules is not None:
+            self.value, self.clean_steps = value, clean_steps
 
 
 _PRESET_HELP = "write 'fp16', 'bf16', 'fp32', a training/rollout pair such as 'bf16/fp32', or a table with a 'preset'"
@@ -235,19 +269,9 @@ class Precision(_Value):
             sections[self.compute.value]["loss_scale"] = self.loss_scale.initial
         return sections
 
-    def scaler(self, device: torch.device | str) -> torch.amp.GradScaler:
-        """The loss scaler; without a loss scale it is switched off and passes everything through."""
-        rules = self.loss_scale
-        kind = torch.device(device).type
-        if rules is None:
-            return torch.amp.GradScaler(kind, enabled=False)
-        return torch.amp.GradScaler(
-            kind,
-            init_scale=rules.initial,
-            growth_factor=rules.growth,
-            backoff_factor=rules.backoff,
-            growth_interval=rules.interval,
-        )
+    def scaler(self) -> Scale:
+        """The loss scale at its start; without rules it is 1 and stays 1."""
+        return Scale(self.loss_scale)
 
     def to_engine(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Casts master weights once, to the format they travel in."""

@@ -206,7 +206,9 @@ class BackendSpec(_Section):
         "auto", description="auto: single in one process, fsdp in several"
     )
     stage: Literal[1, 2, 3] = Field(2, description="deepspeed: what ZeRO shards; 3 shards all")
-    reshard: bool = Field(True, description="fsdp: free a layer's gathered weights between forward and backward")
+    reshard: bool = Field(
+        True, description="fsdp: free a layer's gathered weights after each use; else they stay until the step"
+    )
     offload: bool = Field(False, description="keep masters and AdamW's moments in the CPU's memory")
 
 

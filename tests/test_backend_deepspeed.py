@@ -12,9 +12,9 @@ import ranks
 import torch
 from common_training import UPDATES, fixed_rows, fresh_backend, one_step, trajectory
 
-from tenbit.backends.deepspeed import _library, _Scale
+from tenbit.backends.deepspeed import _library
 from tenbit.backends.masters import MAX_SKIPS_IN_A_ROW
-from tenbit.precision import LossScale, Precision
+from tenbit.precision import Precision
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 SIZES, STAGES, FORMATS = (1, 2), (1, 2, 3), ("fp32", "fp16", "bf16")
@@ -263,25 +263,6 @@ def test_masters_start_from_the_fp32_weights_of_rank_0(launched, plan, stage):
 def test_old_weights_can_be_scored_with_and_come_back(launched, size, stage):
     for rank in launched[size]:
         assert rank["snapshot", stage] == {"then": True, "now": True, "moved": True, "masters": True}
-
-
-def test_the_scale_keeps_the_rules_of_torchs_grad_scaler():
-    """Any backoff and growth, from any start; torch's own decides, step by step."""
-    rules = LossScale(initial=1000.0, growth=3.0, backoff=0.25, interval=2)
-    ours = _Scale(rules)
-    precision = Precision.parse({"preset": "fp16", "loss_scale": rules.model_dump()})
-    theirs = precision.scaler("cpu")
-    p = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([p], lr=0.0)
-    for bad in (0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0):
-        assert ours.value == pytest.approx(theirs.get_scale())
-        theirs.scale(p.sum()).backward()
-        p.grad = torch.full((1,), float("nan") if bad else 1.0)
-        theirs.unscale_(optimizer)
-        theirs.step(optimizer)
-        theirs.update()
-        ours.update(bool(bad))
-        assert ours.clean_steps == theirs.state_dict()["_growth_tracker"]
 
 
 def test_autocast_is_refused_with_the_remedy():

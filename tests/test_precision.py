@@ -11,7 +11,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from tenbit.backends.masters import Masters
 from tenbit.precision import Format, LossScale, Precision
+from tenbit.recipe import OptimSpec
 
 PRESETS = ["fp16", "bf16", "fp32"]
 PAIRS = [f"{a}/{b}" for a in PRESETS for b in PRESETS]
@@ -232,40 +234,46 @@ class Trained:
 
     def __init__(self, **rules: float) -> None:
         self.master = nn.Parameter(torch.ones(3))
-        self.optimizer = torch.optim.AdamW([self.master], lr=0.1, weight_decay=0.0)
-        self.scaler = Precision.parse({"preset": "fp16", "loss_scale": rules}).scaler("cpu")
+        plan = Precision.parse({"preset": "fp16", "loss_scale": rules})
+        optim = OptimSpec.model_validate({"lr": 0.1, "max_grad_norm": 1e9})
+        self.masters = Masters({"w": self.master}, plan, optim, 100)
 
     def step(self, bad: float | None = None) -> None:
         copy = self.master.detach().to(torch.float16).requires_grad_()
-        self.scaler.scale((copy.float() * torch.tensor([1.0, 2.0, -1.0])).sum() * 1e-3).backward()
+        self.masters.scaled((copy.float() * torch.tensor([1.0, 2.0, -1.0])).sum() * 1e-3).backward()
         assert copy.grad is not None
         assert copy.grad.dtype == torch.float16
         if bad is not None:
             copy.grad[1] = bad
         self.master.grad = copy.grad.float()
-        self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        self.masters.step()
+
+    @property
+    def scale(self) -> float:
+        return self.masters.state().counts["loss_scale"]
+
+    @property
+    def moment(self) -> torch.Tensor:
+        return self.masters.state().tensors["exp_avg.w"].clone()
 
     @property
     def counted(self) -> int:
-        return int(self.optimizer.state[self.master]["step"]) if self.optimizer.state else 0
+        return int(self.masters._optimizer.state[self.master]["step"])
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_an_overflow_skips_the_step_and_halves_the_scale_at_once(bad: float):
     t = Trained()
-    assert t.scaler.get_scale() == 65536
+    assert t.scale == 65536
     t.step()
-    before, moments = t.master.detach().clone(), t.optimizer.state[t.master]["exp_avg"].clone()
+    before, moments = t.master.detach().clone(), t.moment
     t.step(bad)
-    assert t.scaler.get_scale() == 32768
+    assert t.scale == 32768
     assert torch.equal(t.master.detach(), before)
-    assert torch.equal(t.optimizer.state[t.master]["exp_avg"], moments)
+    assert torch.equal(t.moment, moments)
     assert t.counted == 1
     t.step(bad)
-    assert t.scaler.get_scale() == 16384
+    assert t.scale == 16384
     t.step()
     assert t.counted == 2
     assert not torch.equal(t.master.detach(), before)
@@ -276,7 +284,7 @@ def test_the_scale_doubles_after_n_clean_steps_and_an_overflow_starts_the_count_
     scales = []
     for bad in (None, None, None, None, None, math.inf, None, None, None):
         t.step(bad)
-        scales.append(t.scaler.get_scale())
+        scales.append(t.scale)
     assert scales == [256, 256, 512, 512, 512, 256, 256, 256, 512]
     assert t.counted == 8
 
@@ -284,32 +292,54 @@ def test_the_scale_doubles_after_n_clean_steps_and_an_overflow_starts_the_count_
 def test_the_rules_of_the_plan_are_the_scalers():
     t = Trained(initial=64.0, growth=4.0, backoff=0.25, interval=1)
     t.step()
-    assert t.scaler.get_scale() == 256
+    assert t.scale == 256
     t.step(math.inf)
-    assert t.scaler.get_scale() == 64
+    assert t.scale == 64
 
 
 def test_pitfall_18_the_scale_and_its_counter_are_state():
-    """A resumed scaler grows at the step at which the uninterrupted one does."""
+    """A resumed scale grows at the step at which the uninterrupted one does."""
     whole, first = Trained(initial=8.0, interval=3), Trained(initial=8.0, interval=3)
     for _ in range(2):
         whole.step()
         first.step()
-    resumed = Trained(initial=8.0, interval=3)
-    resumed.scaler.load_state_dict(first.scaler.state_dict())
+    resumed, kept = Trained(initial=8.0, interval=3), first.masters.state()
+    resumed.masters.restore(kept.counts, lambda tensors: [t.copy_(kept.tensors[n]) for n, t in tensors.items()])
     for t in (whole, resumed):
         t.step()
-    assert whole.scaler.state_dict() == resumed.scaler.state_dict()
-    assert resumed.scaler.get_scale() == 16
+    assert whole.masters.state().counts == resumed.masters.state().counts
+    assert resumed.scale == 16
+    assert torch.equal(whole.master, resumed.master)
 
 
-def test_pitfall_17_masters_must_be_fp32_because_the_scaler_refuses_fp16_gradients():
-    scaler = Precision.parse("fp16").scaler("cpu")
-    weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scaler.scale(weight.float().sum()).backward()
-    with pytest.raises(ValueError, match="FP16 gradients"):
-        scaler.unscale_(optimizer)
+def test_the_scale_keeps_the_rules_of_torchs_grad_scaler():
+    """Any backoff and growth, from any start; torch's own decides, step by step."""
+    rules = {"initial": 1000.0, "growth": 3.0, "backoff": 0.25, "interval": 2}
+    ours = Precision.parse({"preset": "fp16", "loss_scale": rules}).scaler()
+    theirs = torch.amp.GradScaler("cpu", 1000.0, 3.0, 0.25, 2)
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    for bad in (0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0):
+        assert ours.value == pytest.approx(theirs.get_scale())
+        theirs.scale(p.sum()).backward()
+        p.grad = torch.full((1,), math.nan if bad else 1.0)
+        theirs.unscale_(optimizer)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(bool(bad))
+        assert ours.clean_steps == theirs.state_dict()["_growth_tracker"]
+
+
+def test_unscaling_and_clipping_are_torchs():
+    """Pitfall 19, against unscale_ and clip_grad_norm_ one after the other; the norm too."""
+    torch.manual_seed(0)
+    gradient = torch.randn(40) * 3
+    ours, theirs = (nn.Parameter(torch.ones(40)) for _ in range(2))
+    masters = Masters({"w": ours}, Precision.parse("fp16"), OptimSpec.model_validate({"max_grad_norm": 0.5}), 10)
+    ours.grad, theirs.grad = gradient * 65536.0, gradient.clone()
+    norm = nn.utils.clip_grad_norm_([theirs], 0.5)
+    assert masters.step().grad_norm == pytest.approx(float(norm), rel=1e-6)
+    assert torch.allclose(masters.state().tensors["exp_avg.w"], 0.1 * theirs.grad, rtol=1e-5)
 
 
 def test_an_update_of_1e_6_survives_in_fp32_masters_only():
@@ -322,11 +352,12 @@ def test_an_update_of_1e_6_survives_in_fp32_masters_only():
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
-def test_without_a_loss_scale_the_scaler_passes_everything_through(name: str):
-    scaler = Precision.parse(name).scaler("cpu")
-    assert not scaler.is_enabled()
-    x = torch.tensor(2.5)
-    assert scaler.scale(x) is x
+def test_without_a_loss_scale_it_is_one_and_stays_one(name: str):
+    scale = Precision.parse(name).scaler()
+    assert not scale.moves
+    scale.update(skipped=True)
+    scale.restore(65536.0, 3)
+    assert (scale.value, scale.clean_steps) == (1.0, 0)
 
 
 def small_language_model() -> nn.Module:

@@ -90,9 +90,11 @@ def test_a_run_is_the_same_on_one_rank_and_on_two(two_ranks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_checkpoint_goes_on_with_another_number_of_ranks(two_ranks, tmp_path, size):
-    """2 -> 1 in the single backend, and 2 -> 3: sharded otherwise, the same trajectory."""
+@pytest.mark.parametrize(("size", "backend"), [(1, "single"), (3, "fsdp"), (2, "deepspeed")])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks_and_another_backend(two_ranks, tmp_path, size, backend):
+    """From two FSDP2 ranks to one process, to three ranks, and to DeepSpeed: sharded otherwise, the same trajectory."""
+    if backend == "deepspeed":
+        pytest.importorskip("deepspeed")
     shutil.copytree(two_ranks / "run", tmp_path / "run")
     for later in complete(tmp_path / "run" / "checkpoints")[2:]:
         shutil.rmtree(later)
@@ -100,7 +102,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(two_ranks, tmp_path, 
     if size == 1:
         train(Recipe.load(file), tmp_path / "run", resume=True, console=QUIET)
     else:
-        done = under_torchrun(size, file, tmp_path / "run", "--resume")
+        done = under_torchrun(size, file, tmp_path / "run", "--resume", f"backend.name={backend}")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "resumes after step 2" in done.stdout
     same_run(rows(two_ranks / "run"), rows(tmp_path / "run"), 1e-3)
@@ -120,9 +122,7 @@ def ranks_of(parent: int) -> dict[int, int]:
 
 
 @pytest.mark.slow
-def test_any_rank_killed_at_any_moment_ends_the_run_and_the_resumed_one_is_the_same_bit_for_bit(
-    two_ranks, tmp_path
-):
+def test_any_rank_killed_at_any_moment_ends_the_run_and_the_resumed_one_is_the_same_bit_for_bit(two_ranks, tmp_path):
     """SIGKILL, rank 0 and rank 1 in turn, at random moments; FP32 and the same layout: not one bit differs."""
     chance = random.Random(int(os.environ.get("TENBIT_KILL_SEED", "7")))
     file, out = two_ranks / "recipe-in.toml", tmp_path / "run"

@@ -38,7 +38,7 @@ from tenbit.backends.zero import BUCKET, PARTS, Held, gathered, part, sent, shap
 from tenbit.models import fused
 from tenbit.models.loading import Model
 from tenbit.models.logprobs import Head
-from tenbit.precision import LossScale, Precision
+from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
 from tenbit.types import Batch, Stat, Stats
 
@@ -60,7 +60,7 @@ class DeepSpeedBackend:
         self._module, self._device, self._precision = model.module, model.device, precision
         self._optim, self._total, self._sharded = optim, updates, spec.stage == 3
         self._averaged = world.size() if self._sharded else 1
-        self._scale, self._skips = _Scale(precision.loss_scale), Skips(precision)
+        self._scale, self._skips = precision.scaler(), Skips(precision)
         config = _config(precision, optim, spec, sum(p.numel() for p in model.module.parameters()))
         library = _library(model.device)
         # a layer's kernel reads its weights without the calls that make ZeRO 3 gather them
@@ -209,31 +209,6 @@ class DeepSpeedBackend:
         self._skips.updates, self._skips.in_a_row = int(counts["updates"]), int(counts["skips_in_a_row"])
         self._scale.restore(float(counts["loss_scale"]), int(counts["clean_steps"]))
         self._tell_scale()
-
-
-class _Scale:
-    """The loss scale by the plan's rules, as `torch.amp.GradScaler` keeps them; without rules it is 1 and stays."""
-
-    def __init__(self, rules: LossScale | None) -> None:
-        self._rules = rules
-        self.value, self.clean_steps = (rules.initial if rules else 1.0), 0
-
-    @property
-    def moves(self) -> bool:
-        return self._rules is not None
-
-    def update(self, skipped: bool) -> None:
-        if self._rules is None:
-            return
-        self.clean_steps = 0 if skipped else self.clean_steps + 1
-        if skipped:
-            self.value *= self._rules.backoff
-        elif self.clean_steps == self._rules.interval:
-            self.value, self.clean_steps = self.value * self._rules.growth, 0
-
-    def restore(self, value: float, clean_steps: int) -> None:
-        if self._rules is not None:
-            self.value, self.clean_steps = value, clean_steps
 
 
 def _library(device: torch.device) -> Any:

@@ -30,7 +30,7 @@ from tenbit.backends import LossFunction, Read, StepStats, TrainerState
 from tenbit.backends.masters import Masters, whole
 from tenbit.backends.scorer import Scorer, decoder_layers, own_name
 from tenbit.models import fused
-from tenbit.models.loading import Model
+from tenbit.models.loading import Model, first_names
 from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
@@ -61,10 +61,13 @@ class FsdpBackend:
         _shard(self._units, self._mesh, precision, spec)
         _spread(model.module, weights, self._mesh, torch.device("cpu") if spec.offload else model.device, model.device)
         fused.fuse_named(model.module, kernels)
-        self._params = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+        # the sharded ones: while a unit is gathered, its modules hold something else
+        self._every = dict(model.module.named_parameters())
+        self._first = first_names(model.module)
+        self._params = {n: p for n, p in self._every.items() if p.requires_grad}
         parameters = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
         self._buffers = {n: t for n, t in model.module.state_dict().items() if n not in parameters}
-        self._masters = Masters(self._params, precision, optim, updates, model.device)
+        self._masters = Masters(self._params, precision, optim, updates)
         self._seen: dict[str, Tensor] = {}
         self._names = {module: name for name, module in self._scorer.named_modules()}
         for unit in self._units:
@@ -92,16 +95,20 @@ class FsdpBackend:
         return {**seen, "optim/loss": Stat(float(value.detach()), 1.0), "policy/entropy": Stat.of(entropy)}
 
     def step(self) -> StepStats:
-        return self._masters.step()
+        stats = self._masters.step()
+        self._free()
+        return stats
+
+    def _free(self) -> None:
+        """Gathered weights are of the masters before; what is computed next gathers anew."""
+        for unit in self._units:
+            unit.reshard()
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        names: dict[int, list[str]] = {}
-        for name, p in self._module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
-        for _, p in self._module.named_parameters():
+        for name, p in self._every.items():
             tensor = _gathered(p, dtype, self._device)
-            for name in names[id(p)]:
-                yield name, tensor
+            yield name, tensor
+            yield from ((other, tensor) for other, first in self._first.items() if first == name)
         yield from self._buffers.items()
 
     @torch.no_grad()
@@ -134,8 +141,7 @@ class FsdpBackend:
 
     @torch.no_grad()
     def _put(self, values: list[Tensor]) -> None:
-        for unit in self._units:
-            unit.reshard()  # the root's weights stay gathered after a forward
+        self._free()
         for p, value in zip(self._params.values(), values, strict=True):
             _local(p).copy_(value)
 
@@ -144,6 +150,7 @@ class FsdpBackend:
 
     def restore(self, counts: Mapping[str, float], read: Read) -> None:
         self._masters.restore(counts, read)
+        self._free()
 
 
 def _take_weights(module: Any) -> dict[str, Tensor]:
@@ -161,6 +168,7 @@ def _shard(units: list[Any], mesh: DeviceMesh, precision: Precision, spec: Backe
     for unit in units:  # the whole comes last, and holds what the layers do not: embedding, last norm, head
         keep = spec.reshard and unit is not units[-1]
         fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=keep)
+        unit.set_reshard_after_backward(spec.reshard)  # else they stay until the step
         unit.set_gradient_divide_factor(1.0)  # losses are divided by global totals: gradients add up over ranks
         unit.set_force_sum_reduction_for_comms(True)
 

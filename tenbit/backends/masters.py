@@ -1,11 +1,12 @@
 """FP32 master weights, their AdamW and the loss scale: what `single.py` and `fsdp.py` have in common.
 
-Order within `step` (section 3.2, and the order matters): unscale, then measure and clip the norm, then update unless
-an inf or NaN was found, then adjust the scale. A skipped step advances nothing else: not the moments, not AdamW's
-count, not the learning-rate schedule.
+Order within `step` (section 3.2, and the order matters): measure the norm, unscale and clip, then update unless an inf
+or NaN was found, then adjust the scale. A skipped step advances nothing else: not the moments, not AdamW's count, not
+the learning-rate schedule.
 
-Masters may be DTensors, each rank holding a shard of each. Then the norm is of all shards, and a gradient that is not
-finite on any rank counts as found on all: both come from DTensor's own reductions.
+Masters may be DTensors, each rank holding a shard of each. Their norm is that of all shards: one reduction, which is
+not finite on any rank if one gradient is not on one of them. So all ranks skip the same steps and move the scale alike,
+and agreeing on it takes nothing beyond the norm that clipping needs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tenbit.recipe import OptimSpec
 from tenbit.types import Overflow
 
 MAX_SKIPS_IN_A_ROW = 50  # from 65536 down to 6e-11: no scale is left to try
+TINY = 1e-6  # as in torch's clipping
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -48,13 +50,11 @@ class Skips:
 class Masters:
     """`tensors` by name are updated in place. `total` is the number of gradient steps of the whole run."""
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], precision: Precision, optim: OptimSpec, total: int, device: torch.device
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], precision: Precision, optim: OptimSpec, total: int) -> None:
         self.tensors = dict(tensors)
         self.skips = Skips(precision)
         self._optim, self._total = optim, total
-        self._scaler = precision.scaler(device)
+        self._scale = precision.scaler()
         self._optimizer = torch.optim.AdamW(
             list(self.tensors.values()),
             lr=optim.lr,
@@ -66,25 +66,24 @@ class Masters:
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale; what backward starts from."""
-        return self._scaler.scale(loss)
+        return loss * self._scale.value
 
     def step(self) -> StepStats:
         """One update from the masters' `.grad`, which are cleared."""
         lr = self._optim.lr_at(self.skips.updates, self._total)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scale = self._scaler.get_scale()
-        self._scaler.unscale_(self._optimizer)
-        norm = float(whole(nn.utils.clip_grad_norm_(self.tensors.values(), self._optim.max_grad_norm)))
-        if self._scaler.is_enabled():
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            skipped = self._scaler.get_scale() < scale  # lowered exactly when an inf or NaN was found
-        else:
-            skipped = not math.isfinite(norm)
-            if not skipped:
-                self._optimizer.step()
+        scale = self._scale.value
+        gradients = [m.grad for m in self.tensors.values() if m.grad is not None]
+        norm = float(whole(nn.utils.get_total_norm(gradients))) / scale
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            clip = min(1.0, self._optim.max_grad_norm / (norm + TINY))
+            if clip != scale:
+                torch._foreach_mul_(gradients, clip / scale)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._scale.update(skipped)
         self.skips.count(skipped)
         return StepStats(None if skipped else norm, scale, skipped, lr)
 
@@ -101,12 +100,11 @@ class Masters:
         tensors = {f"master.{name}": master.detach() for name, master in self.tensors.items()}
         for name, master in self.tensors.items():
             tensors |= {f"{key}.{name}": self._moments(master)[key] for key in MOMENTS}
-        scaler = self._scaler.state_dict()  # empty if there is no scale
         counts = {
             "updates": self.skips.updates,
             "skips_in_a_row": self.skips.in_a_row,
-            "loss_scale": scaler.get("scale", 1.0),
-            "clean_steps": scaler.get("_growth_tracker", 0),
+            "loss_scale": self._scale.value,
+            "clean_steps": self._scale.clean_steps,
         }
         return TrainerState(tensors, counts)
 
@@ -125,10 +123,7 @@ class Masters:
         self.skips.updates, self.skips.in_a_row = int(counts["updates"]), int(counts["skips_in_a_row"])
         for master in self.tensors.values():
             self._moments(master)["step"].fill_(counts["updates"])  # skipped steps advanced neither
-        if self._scaler.is_enabled():
-            known = self._scaler.state_dict()
-            scale = {"scale": float(counts["loss_scale"]), "_growth_tracker": int(counts["clean_steps"])}
-            self._scaler.load_state_dict(known | scale)
+        self._scale.restore(float(counts["loss_scale"]), int(counts["clean_steps"]))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class SingleBackend:
         self._sums: dict[str, Tensor] = {}
         masters = self._cast_whole() if precision.has_copy else named
         fuse(self._module)  # after the cast, for kernels work in one format
-        self._masters = Masters(masters, precision, optim, updates, self._device)
+        self._masters = Masters(masters, precision, optim, updates)
         self._head = Head.of(self._module, precision.head_dtype("train"))
 
     def _cast_whole(self) -> dict[str, Tensor]:
