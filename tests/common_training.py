@@ -35,7 +35,7 @@ def fixed_rows(count: int = 11, seed: int = 0) -> list[Row]:
     return rows
 
 
-def fresh_model(family: str = "qwen2", checkpointing: bool = False, **changes: Any) -> Model:
+def fresh_model(family: str = "qwen2", checkpointing: bool = False, device: str = "cpu", **changes: Any) -> Model:
     """A small model on the CPU; on ranks other than the first it is on meta, as `loading.load` makes it."""
     module = small_module(family, **changes).train()
     if checkpointing:
@@ -43,14 +43,14 @@ def fresh_model(family: str = "qwen2", checkpointing: bool = False, **changes: A
     if not world.is_first():
         module.to("meta")
         module.tie_weights()
-    return Model(module, byte_tokenizer(), (256,), 257, 512, torch.device("cpu"))
+    return Model(module, byte_tokenizer(), (256,), 257, 512, torch.device(device))
 
 
 def fresh_backend(plan: Any = "fp32", family: str = "qwen2", checkpointing: bool = False, lr: float = 1e-3,
-                  shape: dict[str, Any] | None = None, **spec: Any) -> Backend:  # fmt: skip
+                  shape: dict[str, Any] | None = None, device: str = "cpu", **spec: Any) -> Backend:  # fmt: skip
     # eps as large as gradients: AdamW's g / (|g| + eps) would otherwise magnify the rounding of tiny gradients
     optim = OptimSpec.model_validate({"lr": lr, "eps": 1e-3, "warmup": 2})
-    model = fresh_model(family, checkpointing, **(shape or {}))
+    model = fresh_model(family, checkpointing, device, **(shape or {}))
     return make_backend(model, Precision.parse(plan), optim, 1.0, UPDATES, BackendSpec.model_validate(spec))
 
 

@@ -16,6 +16,7 @@ from tenbit.backends.deepspeed import _library
 from tenbit.backends.masters import MAX_SKIPS_IN_A_ROW
 from tenbit.precision import Precision
 
+pytestmark = pytest.mark.scaling
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 SIZES, STAGES, FORMATS = (1, 2), (1, 2, 3), ("fp32", "fp16", "bf16")
 BUDGET = 64

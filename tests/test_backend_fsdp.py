@@ -131,6 +131,26 @@ def test_each_rank_holds_its_share_in_fp32(runs):
 
 
 @pytest.mark.slow
+def test_weights_are_the_masters_whatever_is_gathered(runs):
+    """After a forward the root's 16-bit weights stay gathered, and `backend.reshard = false` keeps all of them."""
+    assert all(rank["steady"] for size in (1, 2, 3) for what in runs(size).values() for rank in what)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("how", [{}, {"offload": True}, {"reshard": False}, {"checkpointing": True}], ids=str)
+def test_gpus_take_the_same_steps(alone, tmp_path, plan, how):
+    """On every GPU there is, against one process on the CPU."""
+    case = PLAIN | {"plan": plan, "device": "cuda"} | how
+    found = on_ranks(torch.cuda.device_count(), "ranks_of_backends.py", json.dumps(case), folder=tmp_path)
+    got, want = found[0][json.dumps(case)], alone(PLAIN | {"plan": plan})
+    bound = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}[plan]
+    assert far(got["loss"], want["loss"]) < bound
+    assert far(got["norm"], want["norm"]) < bound
+    assert weights_far({n: t.cpu() for n, t in got["weights"].items()}, want["weights"]) < bound
+
+
+@pytest.mark.slow
 def test_pitfall_24_tied_heads_stay_tied_through_a_start_on_meta(runs):
     assert all(rank["tied"] == 1 for size in (1, 2, 3) for rank in runs(size)["fp32"])
     assert all(rank["tied"] == 2 for rank in runs(2)["fp32, untied"])

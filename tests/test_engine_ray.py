@@ -23,7 +23,6 @@ import torch
 from conftest import byte_tokenizer, small_module
 
 pytest.importorskip("ray", reason="pip install 'tenbit[ray]'")
-
 import ray
 
 from tenbit.engines import ray_cluster, ray_pool
@@ -34,6 +33,7 @@ from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
 from tenbit.types import EngineFailed, Overflow, Prompt, Sampling, Undelivered
 
+pytestmark = pytest.mark.scaling
 PLAN = Precision.parse("fp16")
 SAMPLING = Sampling(48, stop_token_ids=(256,))
 LONG = Sampling(480)  # no stop: 50 times the work

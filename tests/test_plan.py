@@ -183,6 +183,7 @@ WAYS = [
 
 
 @pytest.mark.slow
+@pytest.mark.scaling
 def test_two_ranks_hold_what_is_planned(tmp_path, monkeypatch):
     """Every tensor of the process is counted, not those that the backend names."""
     pytest.importorskip("deepspeed")

@@ -90,7 +90,9 @@ def test_a_run_is_the_same_on_one_rank_and_on_two(two_ranks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "backend"), [(1, "single"), (3, "fsdp"), (2, "deepspeed")])
+@pytest.mark.parametrize(
+    ("size", "backend"), [(1, "single"), (3, "fsdp"), pytest.param(2, "deepspeed", marks=pytest.mark.scaling)]
+)
 def test_a_checkpoint_goes_on_with_another_number_of_ranks_and_another_backend(two_ranks, tmp_path, size, backend):
     """From two FSDP2 ranks to one process, to three ranks, and to DeepSpeed: sharded otherwise, the same trajectory."""
     if backend == "deepspeed":
