@@ -159,7 +159,7 @@ def evaluate(
     ] = None,
     data: Annotated[list[str] | None, typer.Option(metavar="FILE...", help="sets: shipped ones, files")] = None,
     samples: Annotated[int | None, typer.Option(help="K, responses to each problem (default 8)")] = None,
-    engine: Annotated[str | None, typer.Option(help="torch (built in) or vllm (default torch)")] = None,
+    engine: Annotated[str | None, typer.Option(help="torch (built in), vllm or ray (default torch)")] = None,
     precision: Annotated[str | None, typer.Option(help="a format, or training/rollout (default fp16)")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy (default 0.6)")] = None,
     top_p: Annotated[float | None, typer.Option(help="nucleus sampling (default 0.95)")] = None,
@@ -201,7 +201,7 @@ def probe(
     rows: Annotated[Path | None, typer.Option("--from", help="log-probabilities that were recorded elsewhere")] = None,
     named: Annotated[str | None, typer.Option("--model", help="with --from: the model that sampled them")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="problems: a shipped set, a file")] = None,
-    engine: Annotated[str | None, typer.Option(help="torch (built in) or vllm  [torch]")] = None,
+    engine: Annotated[str | None, typer.Option(help="torch (built in), vllm or ray  [torch]")] = None,
     precision: Annotated[
         str | None, typer.Option(help="formats, or training/rollout: fp16,bf16,fp32,bf16/fp16  [fp16,bf16]")
     ] = None,
@@ -272,10 +272,12 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # where DeepSpeed is installed, other libraries import it, and it announces on what
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
-    from tenbit import vigil
+    from tenbit import vigil, world
     from tenbit.types import EngineFailed, Overflow
 
     try:
+        if world.launched() and int(os.environ["WORLD_SIZE"]) > 1 and not _training():
+            raise ValueError("only `tenbit train` runs in several processes. Start this command without torchrun")
         app()
     except ValueError as error:
         if os.environ.get("TENBIT_TRACEBACK"):

@@ -21,6 +21,15 @@ from tenbit.types import Overflow
 LENGTHS = (1, *(2**i for i in range(5, 21)))  # buckets of response lengths: 1-31, 32-63, 64-127, ...
 
 
+def _alone(recipe: Recipe) -> Recipe:
+    """With an engine in this process: a run's pool fills its Ray cluster, and one engine of its kind will do."""
+    rollout = recipe.rollout
+    if rollout.engine != "ray":
+        return recipe
+    alone = rollout.model_copy(update={"engine": rollout.ray.engine, "ahead": 0})
+    return recipe.model_copy(update={"rollout": alone})
+
+
 def compare(recipe: Recipe, model: Model, asked: Sequence[Asked], name: str) -> dict[str, Any]:
     """Mismatch metrics of one precision, also by response length. `model` holds FP32 weights and is not changed.
 
@@ -28,7 +37,7 @@ def compare(recipe: Recipe, model: Model, asked: Sequence[Asked], name: str) -> 
     """
     precision = Precision.parse(name)
     prompts = prompts_of(asked[: recipe.compare.prompts], recipe.compare.samples, (recipe.seed, "compare"))
-    scored = sample_and_score(recipe, model, precision, prompts)
+    scored = sample_and_score(_alone(recipe), model, precision, prompts)
     seen = measured(scored)
     if not math.isfinite(seen.tokens["k3"].total):
         raise Overflow(f"the trainer's log-probabilities are not finite in {precision.compute.value}")

@@ -40,7 +40,6 @@ from tenbit.recipe import Recipe
 from tenbit.rollout import Collected, Policy, ProblemStream, collect
 from tenbit.types import Completion, Problem, Rollout
 
-
 ENDED = 30.0  # seconds for the thread to end: a pool that is closed, or answers that are being graded
 
 

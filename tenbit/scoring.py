@@ -62,10 +62,7 @@ def sample(recipe: Recipe, model: Model, precision: Precision, prompts: Sequence
     Raises Overflow if the weights or the sampler's log-probabilities do not fit `precision.rollout`.
     """
     longest = max((len(p.ids) for p in prompts), default=0) + recipe.rollout.max_tokens
-    rollout = recipe.rollout
-    if rollout.engine == "ray":  # the run's own pool may fill the cluster; what each of its engines is will do here
-        rollout = rollout.model_copy(update={"engine": rollout.ray.engine, "ahead": 0})
-    with make_engine(rollout, model, precision, recipe.seed, longest=longest) as engine:
+    with make_engine(recipe.rollout, model, precision, recipe.seed, longest=longest) as engine:
         engine.load_weights(precision.to_engine(model.module.state_dict().items()), version=0)
         completions = engine.generate(prompts, recipe.sampling(model.stop_token_ids))
     for c in completions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import unittest.mock
@@ -33,6 +34,13 @@ def tenbit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         except SystemExit as exit:
             code = exit.code or 0
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def test_only_training_is_for_several_processes():
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run([sys.executable, "-m", "tenbit", "precisions"], env={**os.environ, **environment},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    refused(done, "only `tenbit train` runs in several processes")
 
 
 def refused(done: subprocess.CompletedProcess, *words: str) -> None:

@@ -628,7 +628,7 @@ def test_evaluate_samples_as_the_recipe_says_and_keeps_the_time(settings):
         ("builtin --data empty.jsonl", ["empty.jsonl", "no problem in it"]),
         ("builtin --data bad.jsonl", ["bad.jsonl:1", "answer"]),
         ("builtin --data arithmetic_test --samples 0", ["--samples = 0", "greater than or equal to 1"]),
-        ("builtin --data arithmetic_test --engine sglang", ["--engine = 'sglang'", "'torch' or 'vllm'"]),
+        ("builtin --data arithmetic_test --engine sglang", ["--engine = 'sglang'", "'torch', 'vllm' or 'ray'"]),
         ("builtin --data arithmetic_test --precision int4", ["precision 'int4'", "fp16"]),
         ("builtin --data arithmetic_test --max-tokens 0", ["--max-tokens 0", "positive"]),
         ("builtin --data arithmetic_test --max-tokens 8192,32768", ["context of 1024", "Lower --max-tokens to"]),

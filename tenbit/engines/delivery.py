@@ -165,6 +165,7 @@ class Arrivals(TorchDispatchMode):
     def watch(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Passes weights on and remembers them by their storage, until they have landed."""
         for name, tensor in named:
+            self._release_abandoned()
             own = tensor.contiguous()
             if own.untyped_storage().nbytes() != own.numel() * own.element_size() or _storage(own) in self._sent:
                 own = own.clone()  # a view into something larger, or a tied weight under its second name
@@ -172,7 +173,7 @@ class Arrivals(TorchDispatchMode):
             yield name, own
 
     def _remember(self, name: str, tensor: Tensor) -> None:
-        self._sent[_storage(tensor)] = (name, tensor)
+        self._sent[_storage(tensor)] = (name, tensor.detach())  # our own handle, so that others' can be counted
         self._left[_storage(tensor)] = tensor.numel()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -220,6 +221,13 @@ class Arrivals(TorchDispatchMode):
             self._at[_storage(target)] = moved
         elif leaves:
             self._repacked.add(_storage(target))  # from memory that is not known: the engine's own layout, perhaps
+
+    def _release_abandoned(self) -> None:
+        """The same for tensors of which the loader took a part only (tensor parallelism) and gave up the rest."""
+        mine = 2  # the handle that is kept here, and its storage's Python object
+        for storage, (_, tensor) in list(self._sent.items()):
+            if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= mine:
+                del self._sent[storage], self._left[storage]
 
     def report(self, model: nn.Module, dtype: torch.dtype) -> Report:
         """Reads back what was installed, in the engine's format `dtype`. Call it outside the mode, after loading.

@@ -10,6 +10,7 @@ on one rank fails on all, and a rank whose engine refuses weights still takes pa
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from tenbit import world
 from tenbit.engines import Engine
+from tenbit.engines.vllm_ranks import team_size
 from tenbit.recipe import RolloutSpec
-from tenbit.types import Completion, Prompt, Sampling
+from tenbit.types import Completion, EngineFailed, Prompt, Sampling
 
 Sequence2 = tuple[Sequence[int], Sequence[int]]
 
@@ -34,13 +36,7 @@ def spread(make: Callable[[], Engine], pool: bool, team: int = 1) -> Engine:
 
 def team_of(rollout: RolloutSpec) -> int:
     """How many consecutive ranks are one engine together: vLLM's tensor parallelism, over the ranks of a node."""
-    size = int(rollout.vllm.options.get("tensor_parallel_size", 1)) if rollout.engine == "vllm" else 1
-    if world.size() > 1 and (size < 1 or world.size() % size):
-        raise ValueError(
-            f"rollout.vllm.options.tensor_parallel_size = {size} does not divide the {world.size()} ranks of the run. "
-            "Start a multiple of it, or lower it"
-        )
-    return size if world.size() > 1 else 1
+    return team_size(rollout.vllm) if rollout.engine == "vllm" else 1
 
 
 def pool_of(engine: Engine) -> Engine | None:
@@ -101,7 +97,16 @@ class Each(_Collective):
         self.own, self._team = own, team
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        return world.divide(prompts, lambda share: self._own.generate(share, sampling), self._team)
+        own: list[Completion] = []
+
+        def draw(share: Sequence[Prompt]) -> list[Completion]:
+            own.extend(self._own.generate(share, sampling))
+            return own
+
+        drawn = world.divide(prompts, draw, self._team)
+        if self._team > 1:
+            self._refuse_other_draws([c.response_ids for c in own])
+        return drawn
 
     def score(self, sequences: Sequence[Sequence2], sampling: Sampling) -> list[Tensor]:
         return world.divide(sequences, lambda share: self._own.score(share, sampling), self._team)
@@ -110,6 +115,17 @@ class Each(_Collective):
     def _own(self) -> Engine:
         assert self.own is not None
         return self.own
+
+    def _refuse_other_draws(self, own: list[tuple[int, ...]]) -> None:
+        """A team's ranks each draw from logits that all of them computed: they must come to the same tokens."""
+        drew = world.gather(zlib.crc32(repr(own).encode()))
+        for rank, other in enumerate(drew):
+            first = rank // self._team * self._team
+            if other != drew[first]:
+                raise EngineFailed(
+                    f"ranks {first} and {rank} are one vLLM and drew different tokens from the same prompts: they do "
+                    "not compute the same logits. Set rollout.vllm.options.tensor_parallel_size = 1"
+                )
 
 
 class Pool(_Collective):

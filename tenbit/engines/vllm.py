@@ -20,7 +20,7 @@ import copy
 import gc
 import importlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,10 +39,12 @@ from tenbit.engines.vllm_start import (
     environment,
     explain,
     refuse_differences,
+    refuse_gaps,
     refuse_shared_classes,
     root_cause,
     shared_file,
     tied_names,
+    unfit,
 )
 from tenbit.engines.vllm_watch import Watch
 from tenbit.models.loading import Model
@@ -114,11 +116,11 @@ class VllmEngine:
         installed = self._team.reports(lambda: self._install(self._checked(named, sent, refused)), named)
         if refused:
             raise refused[0]
-        self._refuse_gaps(sent)
+        refuse_gaps(sent, self._names, self._tied)
         try:
             compare(sent, installed, self._tied)
         except Undelivered as error:
-            raise Undelivered(f"{error}{_NOT_FOLLOWED}") from None if first else error
+            raise Undelivered(f"{error}{_NOT_FOLLOWED}" if first else str(error)) from None
         self._wake("kv_cache")
         self._asleep = False
         self._forget()
@@ -134,28 +136,11 @@ class VllmEngine:
         """
         for name, tensor in named:
             held = tensor.to(self.precision.rollout.dtype) if tensor.is_floating_point() else tensor
-            refused += self._unfit(name, held)
+            refused += unfit(name, held, self._names, self.precision.rollout)
             if refused:
                 return
             sent[name] = Sent(checksum(held), held.numel())
             yield name, tensor
-
-    def _unfit(self, name: str, held: Tensor) -> list[Exception]:
-        if self._names.get(name) != held.shape:
-            known = f"shape {list(self._names[name])}" if name in self._names else "no such weight"
-            text = (
-                f"weight {name!r} of shape {list(held.shape)} was sent, but the engine's model has {known}. Send "
-                "the full state dict of the same architecture, under its Hugging Face names."
-            )
-            return [ValueError(text)]
-        if held.is_floating_point() and held.numel() and not all(e.isfinite() for e in held.aminmax()):
-            rollout = self.precision.rollout
-            text = (
-                f"weights not finite in the rollout format {rollout.value!r}, which ends at {rollout.largest:.6g}: "
-                f"{name}. Remedy: look at the training run's gradient norms, or set precision to 'bf16' or 'fp32'"
-            )
-            return [Overflow(text)]
-        return []
 
     def _install(self, named: Iterator[tuple[str, Tensor]]) -> list[Report]:
         doing = "a weight update"
@@ -165,15 +150,6 @@ class VllmEngine:
             save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in named}, file)
             found = self._call(doing, self._llm.collective_rpc, "tenbit_install_file", args=(str(file),))
             return [Report.of(r) for r in found]
-
-    def _refuse_gaps(self, sent: Mapping[str, Sent]) -> None:
-        missing = [n for n in self._names if n not in sent and self._tied.get(n) not in sent]
-        if missing:
-            raise ValueError(
-                f"the weights do not fit the engine's model: missing: {', '.join(missing[:5])}"
-                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-                + ". Send the full state dict of the same architecture, under its Hugging Face names."
-            )
 
     def _forget(self) -> None:
         """Empties the prefix cache, then asks for a prompt that was in it: none of it may come from there."""
@@ -397,9 +373,7 @@ def _start(
         return _opened(told, model, rollout, team if world.size() > 1 else None)
 
 
-def _opened(
-    told: dict[str, Any], model: Model, rollout: RolloutSpec, team: Team | None = None
-) -> tuple[Any, Any]:
+def _opened(told: dict[str, Any], model: Model, rollout: RolloutSpec, team: Team | None = None) -> tuple[Any, Any]:
     environment(own_process=rollout.vllm.own_process)
     set_threads = torch.set_num_threads  # vLLM's CPU worker puts a function in its place that does nothing
     with captured_errors() as said, deaf_children():

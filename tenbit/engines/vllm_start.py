@@ -1,4 +1,4 @@
-"""How vLLM is started: what it is told, how quiet it is, and what its refusals mean for a recipe."""
+"""How vLLM is started: what it is told, how quiet it is, what its refusals mean for a recipe, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Size, Tensor
 
 from tenbit.models.loading import Model, first_names
 from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
-from tenbit.types import EngineFailed
+from tenbit.types import EngineFailed, Overflow
 
 SHARED_MEMORY, PREFIX = Path("/dev/shm"), "tenbit-weights-"
 CPU_CACHE_GIB = 1.0
@@ -124,8 +125,8 @@ def refuse_shared_classes(config: Any, module: str) -> None:
     """Raises ValueError if vLLM, in the trainer's process, runs the trainer's own model classes (of `module`)."""
     if ".transformers" in module:
         raise ValueError(
-            f"rollout.engine = 'vllm': vLLM runs {config.model_config.hf_config.model_type!r} through transformers' own "
-            "classes, and changes them for the trainer, too, when both are in one process. Set "
+            f"rollout.engine = 'vllm': vLLM runs {config.model_config.hf_config.model_type!r} through transformers' "
+            "own classes, and changes them for the trainer, too, when both are in one process. Set "
             "rollout.vllm.own_process = true, or rollout.engine = 'torch'"
         )
 
@@ -148,6 +149,35 @@ def refuse_differences(config: Any, precision: Precision, vocabulary: int) -> No
                 "be different policies. Remove what rollout.vllm.options says about it, or use "
                 "rollout.engine = 'torch'"
             )
+
+
+def unfit(name: str, held: Tensor, known: Mapping[str, Size], rollout: Format) -> list[Exception]:
+    """What keeps a weight, in the rollout format, from being one of the engine's model: nothing, or one error."""
+    if known.get(name) != held.shape:
+        has = f"shape {list(known[name])}" if name in known else "no such weight"
+        text = (
+            f"weight {name!r} of shape {list(held.shape)} was sent, but the engine's model has {has}. Send "
+            "the full state dict of the same architecture, under its Hugging Face names."
+        )
+        return [ValueError(text)]
+    if held.is_floating_point() and held.numel() and not all(e.isfinite() for e in held.aminmax()):
+        text = (
+            f"weights not finite in the rollout format {rollout.value!r}, which ends at {rollout.largest:.6g}: "
+            f"{name}. Remedy: look at the training run's gradient norms, or set precision to 'bf16' or 'fp32'"
+        )
+        return [Overflow(text)]
+    return []
+
+
+def refuse_gaps(sent: Container[str], known: Iterable[str], tied: Mapping[str, str]) -> None:
+    """Raises ValueError if weights of the model were not sent, under their own name or one they are tied to."""
+    missing = [n for n in known if n not in sent and tied.get(n, n) not in sent]
+    if missing:
+        raise ValueError(
+            f"the weights do not fit the engine's model: missing: {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            + ". Send the full state dict of the same architecture, under its Hugging Face names."
+        )
 
 
 def explain(error: BaseException, printed: str, rollout: RolloutSpec, model: Model) -> str:

@@ -11,6 +11,10 @@ from tenbit.report.chart import Figure, Panel, Series
 from tenbit.report.reading import Run
 from tenbit.report.words import number, percent, power_of_two, precise_percent, scientific, seconds, whole
 
+AHEAD = (
+    "Drift is what the policy moved between sampling and training; mismatch, above, is measured under the weights that "
+    "sampled. The correction sees both at once, the total."
+)
 # Order from the bottom of the pile. What a step spends besides is shown as "other".
 PHASES = ("rollout", "grade", "proximal", "update", "sync")
 
@@ -53,6 +57,7 @@ def sections(run: Run) -> list[Section]:
             "Sampler μ against trainer π on the sampled tokens, at the same weights, before any correction.",
             [*_token_mismatch(curves), *_sequence_mismatch(curves)],
         ),
+        Section("Sampled ahead of training", AHEAD, _ahead(curves)),
         Section("Optimisation", "", _optimisation(curves)),
         Section("Speed", "", _speed(curves)),
     ]
@@ -211,6 +216,30 @@ def _sequence_mismatch(curves: Curves) -> list[Figure]:
     return figures
 
 
+def _ahead(curves: Curves) -> list[Figure]:
+    """Nothing for a run whose responses are sampled under the weights that they train."""
+    figures = []
+    curves.used.add("staleness/mean")  # every response of a step was sampled under the same weights
+    if not curves.has("drift/kl_k3"):
+        return []
+    parts = (("total", "plain"), ("drift", "sequence"), ("mismatch", "mismatch"))
+    kl = [s for part, colour in parts for s in curves(f"{part}/kl_k3", part, colour, scientific)]
+    panels = [Panel(kl, _over(kl, axis.log10), "estimator k3", 84)]
+    stale = curves("staleness/max", "steps", "scale", whole)
+    if stale:
+        panels.append(Panel(stale, _over(stale, low=0, target=2), "steps between sampling and training", 46))
+    figures.append(Figure("KL by cause, nats per token", panels))
+    spread = [s for part, colour in parts for s in curves(f"{part}/seq_logratio_std", part, colour, scientific)]
+    panel = Panel(spread, _over(spread, axis.log10), "standard deviation", 130)
+    figures.append(Figure("Σ of log-ratios of a sequence, by cause", [panel]))
+    shares = [s for part, colour in parts[:2] for s in curves(f"{part}/seq_ess", part, colour, precise_percent)]
+    if shares:
+        figures.append(Figure("Effective sample size, by cause", [_share(shares, height=146)]))
+    # the rest of their numbers is in metrics.jsonl; a figure for each would bury these
+    curves.used |= {key for key in curves.known if key.startswith(("drift/", "total/"))}
+    return figures
+
+
 def _optimisation(curves: Curves) -> list[Figure]:
     figures = []
     flags = curves.run.values("optim/skipped")
@@ -244,10 +273,12 @@ def _speed(curves: Curves) -> list[Figure]:
     names = [k for k in run.names() if k.startswith("time/") and k != "time/step"]
     order = [f"time/{p}" for p in PHASES]
     names.sort(key=lambda k: (order.index(k) if k in order else len(order), k))
+    curves.used |= set(names)
+    names = [k for k in names if any(run.values(k))]  # a phase that never took time is not a phase of this run
     phases = []
     for i, key in enumerate(names):
         one = curves(key, key.removeprefix("time/"), f"phase{min(i, 6)}", seconds)
-        phases += [s for s in one if any(s.y)]  # a phase that never took time is not a phase of this run
+        phases += one
     total = run.values("time/step")
     curves.used.add("time/step")
     if any(v is not None for v in total):
@@ -259,6 +290,12 @@ def _speed(curves: Curves) -> list[Figure]:
         piles = [sum(p.y[i] or 0.0 for p in phases) for i in range(len(run.steps))]
         panel = Panel(phases, axis.linear(piles, low=0), height=146, stacked=True)
         figures.append(Figure("Seconds of a step", [panel]))
+    meanwhile = [k for k in run.names() if k.startswith("ahead/")]
+    if meanwhile:
+        piled = [curves(k, k.removeprefix("ahead/"), f"phase{i % 7}", seconds)[0] for i, k in enumerate(meanwhile)]
+        piles = [sum(s.y[i] or 0.0 for s in piled) for i in range(len(run.steps))]
+        panel = Panel(piled, axis.linear(piles, low=0), height=146, stacked=True)
+        figures.append(Figure("Seconds of sampling, ahead", [panel], "While steps before it were trained."))
     speed = curves("perf/tokens_per_second", "tokens/s", "plain", whole)
     if speed:
         figures.append(Figure("Tokens per second", [Panel(speed, _over(speed, low=0), height=146)]))

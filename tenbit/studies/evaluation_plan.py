@@ -124,7 +124,7 @@ def _defaults(model: str) -> dict[str, Any]:
         )
     own = Recipe.load(folder / "recipe.toml").tree()
     # Of sampling for training only what the engine is; the rest could contradict another token budget.
-    engine = {k: v for k, v in own["rollout"].items() if k in ("engine", "vllm", "stop_tokens", "max_batch")}
+    engine = {k: v for k, v in own["rollout"].items() if k in ("engine", "vllm", "ray", "stop_tokens", "max_batch")}
     spec = {k: v for k, v in own["eval"].items() if k != "every"}
     spec.setdefault("max_tokens", own["rollout"]["max_tokens"])
     kept = {key: own[key] for key in ("seed", "precision", "task")}

@@ -143,7 +143,7 @@ def _defaults(model: str) -> dict[str, Any]:
             "`tenbit train RECIPE --out FOLDER --resume`"
         )
     own = Recipe.load(folder / "recipe.toml").tree()
-    kept = ("engine", "vllm", "stop_tokens", "max_batch", "max_tokens", "temperature")
+    kept = ("engine", "vllm", "ray", "stop_tokens", "max_batch", "max_tokens", "temperature")
     tree["model"] = own["model"] | {"path": str(folder / "model")}
     tree["task"] = {k: v for k, v in own["task"].items() if k not in ("grader", "grade_workers")}
     tree["rollout"] |= {k: v for k, v in own["rollout"].items() if k in kept}
