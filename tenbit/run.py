@@ -61,7 +61,7 @@ class Run:
 @contextlib.contextmanager
 def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | None = None) -> Iterator[Run]:
     """Checks everything, then makes or reopens the run folder. Raises ValueError with the remedy, on all ranks."""
-    backend_name(recipe.backend)
+    _refuse(recipe)
     folder = world.first(lambda: _folder(recipe, out, resume))
     console = console or default_console()
     model = loading.load(recipe.model, recipe.rollout.stop_tokens, shared=world.size() > 1)
@@ -102,6 +102,16 @@ def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     if resume:
         check_same(recipe, folder)
     return folder
+
+
+def _refuse(recipe: Recipe) -> None:
+    """What this many ranks cannot do, before anything is loaded."""
+    backend_name(recipe.backend)
+    if team_of(recipe.rollout) > 1 and recipe.compare.precisions:
+        raise ValueError(
+            "compare.precisions: formats are compared by an engine of rank 0's own, but this run's engines are spread "
+            "over several ranks. Set compare.precisions = [], or start the recipe once in one process for it"
+        )
 
 
 def _take_folder(folder: Path, stack: contextlib.ExitStack) -> None:

@@ -312,6 +312,18 @@ def test_pitfall_18_the_scale_and_its_counter_are_state():
     assert torch.equal(whole.master, resumed.master)
 
 
+def test_pitfall_17_masters_and_what_updates_them_are_fp32():
+    """FP16 gradients meet FP32 masters: what is unscaled, clipped and stepped with has FP32's range and digits."""
+    t = Trained()
+    t.step()
+    assert {x.dtype for x in t.masters.state().tensors.values()} == {torch.float32}
+    t.master.grad = torch.full((3,), 2.0**-24 * 65536)  # 2^-24, FP16's smallest number, as it comes scaled
+    before = t.moment
+    t.masters.step()
+    added = t.moment.double() - 0.9 * before.double()
+    assert torch.allclose(added, torch.full((3,), 0.1 * 2.0**-24, dtype=torch.double), rtol=1e-2)
+
+
 def test_the_scale_keeps_the_rules_of_torchs_grad_scaler():
     """Any backoff and growth, from any start; torch's own decides, step by step."""
     rules = {"initial": 1000.0, "growth": 3.0, "backoff": 0.25, "interval": 2}
