@@ -457,7 +457,7 @@ def test_a_finished_evaluation_samples_nothing_more(done, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"samples": 2}, rr"eval\.samples: was 4, is 2"),
+        ({"samples": 2}, r"eval\.samples: was 4, is 2"),
         ({"max_tokens": "100,300"}, r"max_tokens: was \[120, 300\], is \[100, 300\]"),
         ({"both": False}, "both: was True, is False"),
         ({"texts": False}, "texts: was True"),
