@@ -48,11 +48,9 @@ def micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1) -> 
     """Row indices per rank per micro-batch: ``out[rank][i]`` is a list of rows; equally many i for each rank.
 
     A micro-batch of n rows, padded to its longest row, has at most `token_budget` tokens, unless a single row is
-    longer than that. Deterministic. Raises ValueError if there are fewer rows than ranks. Where single rows do not
-    divide evenly (3 on 2 ranks, no two of which fit the budget), a rank's last micro-batch is empty: see `collate`.
+    longer than that. Deterministic. Where single rows do not divide evenly (3 on 2 ranks, no two of which fit the
+    budget, or fewer rows than ranks), a rank's last micro-batch is empty: see `collate`.
     """
-    if len(lengths) < ranks:
-        raise ValueError(f"{len(lengths)} responses cannot be spread over {ranks} ranks: raise rollout.prompts")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     cuts: list[list[int]] = []
     for i in order:

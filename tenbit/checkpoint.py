@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import warnings
@@ -38,6 +39,7 @@ from tenbit.backends import Backend
 # one process writes its checkpoint by itself, and that is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 TRAINER, HELD = "trainer", "held.pt"
+COUNTS = ("updates", "skips_in_a_row", "loss_scale", "clean_steps")
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class Checkpoints:
                 try:
                     writing.result()
                 except CheckpointException as error:
-                    cause = next(iter(error.failures.values()))[0]
-                    raise OSError(f"{self._folder}: a checkpoint could not be written: {cause}") from error
+                    number, (cause, _) = next(iter(error.failures.items()))
+                    where = f" by rank {number}" if world.size() > 1 else ""
+                    raise OSError(f"{self._folder}: a checkpoint could not be written{where}: {cause}") from error
 
         world.together(finish)
 
@@ -124,34 +127,61 @@ def latest(folder: Path) -> Path | None:
 
 def load_progress(checkpoint: Path) -> Progress:
     """How far the run was when the checkpoint was written."""
-    about = json.loads((checkpoint / "state.json").read_text())
+    about = _about(checkpoint)
     return Progress(about["step"], about["position"])
 
 
-def load(checkpoint: Path, backend: Backend) -> None:
-    """Puts a backend of any kind and number of ranks into the saved state. Raises ValueError if it does not fit."""
-    about = json.loads((checkpoint / "state.json").read_text())
+def _about(checkpoint: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((checkpoint / "state.json").read_text())
+        counts = [about[key] for key in ("step", "position", "ranks")]
+        counts += [about["trainer"][key] for key in COUNTS] if "trainer" in about else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(checkpoint, f"state.json: {type(error).__name__}: {error}") from error
     if "trainer" not in about:
-        raise ValueError(f"{checkpoint}: written by a tenbit before 0.2, whose checkpoints this one does not read")
+        raise ValueError(f"{checkpoint}: written by an earlier tenbit, whose checkpoints this one does not read")
+    return about
+
+
+def _damaged(checkpoint: Path, cause: str) -> ValueError:
+    return ValueError(
+        f"{checkpoint}: cannot be read: {cause}. It is damaged, or of another model than model.path. Without this "
+        "folder --resume goes on from the checkpoint before it"
+    )
+
+
+def load(checkpoint: Path, backend: Backend) -> None:
+    """Puts a backend of any kind and number of ranks into the saved state. Raises ValueError if it does not fit.
+
+    Called on all ranks, which agree on every part that is read: one of them may hold the damaged file.
+    """
+    about = world.together(lambda: _about(checkpoint))
 
     def read(tensors: dict[str, Tensor]) -> None:
         try:
             load_shards(dict(tensors), checkpoint_id=checkpoint / TRAINER, no_dist=True)
-        except (CheckpointException, RuntimeError, ValueError) as error:
-            cause = str(error).strip().splitlines()[-1]
-            raise ValueError(
-                f"{checkpoint}: does not fit the model: {cause}. It is damaged, or of another model than model.path"
-            ) from error
+        except (CheckpointException, RuntimeError, ValueError, OSError, EOFError) as error:
+            raise _damaged(checkpoint, str(error).strip().splitlines()[-1]) from error
 
-    backend.restore(about["trainer"], read)
+    backend.restore(about["trainer"], lambda tensors: world.together(lambda: read(tensors)))
     own = checkpoint / f"random-{world.rank()}.pt"
-    if own.exists() and about["ranks"] == world.size():
+    if about["ranks"] == world.size():
+        world.together(lambda: _restore_random(checkpoint, own))
+
+
+def _restore_random(checkpoint: Path, own: Path) -> None:
+    try:
         set_random_state(torch.load(own, weights_only=True))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(checkpoint, f"{own.name}: {error}") from error
 
 
 def load_held(checkpoint: Path) -> Any:
     """What rank 0 gave to `save` besides."""
-    return torch.load(checkpoint / HELD, weights_only=True)
+    try:
+        return torch.load(checkpoint / HELD, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(checkpoint, f"{HELD}: {error}") from error
 
 
 def random_state() -> dict[str, Any]:

@@ -44,6 +44,8 @@ from tenbit.sampler import Supply, apart_and_drift, deliver
 from tenbit.types import Batch, EngineFailed, Stats, Totals, merge
 
 ECHO = 0.5  # seconds: a terminal and a launcher may both pass on one Ctrl-C
+STOPPING = b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n"
+PATIENCE = b"tenbit: torchrun waits 30 seconds for it, or as many as TORCH_ELASTIC_SHUTDOWN_TIMEOUT said at the start\n"
 Metrics = dict[str, float | int | None]
 Update = tuple[list[Batch], Totals]
 
@@ -249,6 +251,7 @@ def finish(run: Run) -> None:
     """The final model and the summary of the run."""
     run.log.phase("exporting")
     export(run.folder / "model", run.model, run.backend, run.recipe.precision)
+    run.checkpoints.wait()  # a summary says that the run is finished
     done = {"steps": run.progress.step, "precision": run.recipe.precision.name, "algorithm": run.recipe.algorithm.name}
     if world.is_first():
         write_atomic(run.folder / "summary.json", json.dumps(done, indent=1).encode() + b"\n")
@@ -270,7 +273,7 @@ def stop_requested() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopping.set()
         if len(asked) == 1 and first:
-            os.write(2, b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n")
+            os.write(2, STOPPING + (PATIENCE if world.size() > 1 else b""))
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from tenbit import checkpoint, world
 from tenbit.backends import Backend
-from tenbit.backends.choose import backend_name, make_backend
+from tenbit.backends.choose import check_backend, make_backend
 from tenbit.canary import Canary
 from tenbit.checkpoint import Checkpoints, Progress
 from tenbit.compare import compare
@@ -61,7 +62,7 @@ class Run:
 @contextlib.contextmanager
 def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | None = None) -> Iterator[Run]:
     """Checks everything, then makes or reopens the run folder. Raises ValueError with the remedy, on all ranks."""
-    _refuse(recipe)
+    world.together(lambda: _refuse(recipe))
     folder = world.first(lambda: _folder(recipe, out, resume))
     console = console or default_console()
     model = loading.load(recipe.model, recipe.rollout.stop_tokens, shared=world.size() > 1)
@@ -73,6 +74,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         longest = longest_asked(recipe, train, evals)
         engine = stack.enter_context(make_run_engine(recipe, model, longest))
         world.first(lambda: _take_folder(folder, stack))
+        world.together(lambda: _see_folder(folder))
         start, found = world.first(lambda: _start(recipe, folder, resume, console))
         runlog = stack.enter_context(world.together(lambda: _open_log(recipe, folder, resume, start, console)))
         world.first(lambda: write_comparison(recipe, model, train, folder, runlog))
@@ -80,7 +82,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         temperature = recipe.rollout.temperature
         backend = make_backend(model, recipe.precision, recipe.optim, temperature, updates, recipe.backend)
         if found:
-            world.together(lambda: checkpoint.load(found, backend))
+            checkpoint.load(found, backend)
         sampling = recipe.sampling(model.stop_token_ids)
         policy = Policy(engine, model.tokenizer, grader, sampling)
         stream = ProblemStream(train, recipe.seed, start.position)
@@ -106,7 +108,7 @@ def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 
 def _refuse(recipe: Recipe) -> None:
     """What this many ranks cannot do, before anything is loaded."""
-    backend_name(recipe.backend)
+    check_backend(recipe.backend, recipe.precision, loading.resolve_device(recipe.model.device))
     if team_of(recipe.rollout) > 1 and recipe.compare.precisions:
         raise ValueError(
             "compare.precisions: formats are compared by an engine of rank 0's own, but this run's engines are spread "
@@ -117,6 +119,14 @@ def _refuse(recipe: Recipe) -> None:
 def _take_folder(folder: Path, stack: contextlib.ExitStack) -> None:
     make_folder(folder)
     stack.enter_context(locked(folder))
+
+
+def _see_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"--out {folder}: {socket.gethostname()} does not see the folder that rank 0 made. All nodes of a run "
+            "need it under the same path, on a file system that they share"
+        )
 
 
 def _start(recipe: Recipe, folder: Path, resume: bool, console: Console) -> tuple[Progress, Path | None]:

@@ -250,7 +250,6 @@ class Ahead:
     def _score(self, completions: Sequence[Completion]) -> list[Tensor]:
         """log pi of each, ``[T]`` on the CPU; every rank scores a share and gets all."""
         rows = [ungraded(c) for c in completions]
-        rows += rows[-1:] * (world.size() - len(rows))  # every rank has to take part
         mine: dict[int, Tensor] = {}
         plan = micro_batches([r.length for r in rows], self._recipe.optim.token_budget, world.size())
         for part in plan[world.rank()]:

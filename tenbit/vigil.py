@@ -58,7 +58,11 @@ def alone() -> bool:
 
 def wait_for_cause(error: Exception) -> None:
     """Gives the watch time to find out whose death an error of the network comes from; it then ends this process."""
-    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in NETWORK):
+    if (
+        isinstance(error, RuntimeError)
+        and not world.agreed(error)
+        and any(word in str(error).lower() for word in NETWORK)
+    ):
         time.sleep(SILENT + GRACE + 10 * BEAT)
 
 

@@ -94,9 +94,9 @@ def gather(value: T) -> list[T]:
 
 def agree(error: Exception | None) -> None:
     """Raises, on every rank, the error of the lowest rank that has one."""
-    for number, other in enumerate(gather(error)):
+    for number, other in enumerate(gather(None if error is None else _portable(error))):
         if other is not None:
-            raise (error if number == rank() and error is not None else other)
+            raise _agreed(error if number == rank() and error is not None else other)
 
 
 def together(act: Callable[[], R]) -> R:
@@ -113,11 +113,11 @@ def first(act: Callable[[], R]) -> R:
     if size() == 1:
         return act()
     result, error = _tried(act) if is_first() else (None, None)
-    box = [(result, error)]
+    box = [(result, error and _portable(error))]
     dist.broadcast_object_list(box, src=0, group=_talk)
     result, error = (result, error) if is_first() else box[0]
     if error is not None:
-        raise error
+        raise _agreed(error)
     return result  # type: ignore[return-value]
 
 
@@ -130,10 +130,10 @@ def divide(items: Sequence[T], act: Callable[[Sequence[T]], Sequence[R]], team: 
         return list(act(items))
     teams, mine = size() // team, rank() // team
     result, error = _tried(lambda: list(act(items[mine::teams])))
-    parts = gather((result if rank() % team == 0 else None, error))
+    parts = gather((result if rank() % team == 0 else None, error and _portable(error)))
     for number, (_, other) in enumerate(parts):
         if other is not None:
-            raise (error if number == rank() and error is not None else other)
+            raise _agreed(error if number == rank() and error is not None else other)
     out: list[Any] = [None] * len(items)
     for team_number in range(teams):
         share = parts[team_number * team][0]
@@ -146,7 +146,17 @@ def _tried(act: Callable[[], R]) -> tuple[R | None, Exception | None]:
     try:
         return act(), None
     except Exception as error:
-        return None, _portable(error)
+        return None, error
+
+
+def agreed(error: BaseException) -> bool:
+    """Whether all ranks raised this error together, so that nobody's death is behind it."""
+    return getattr(error, "_tenbit_agreed", False)
+
+
+def _agreed(error: Exception) -> Exception:
+    error._tenbit_agreed = True  # type: ignore[attr-defined]
+    return error
 
 
 def _portable(error: Exception) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tenbit import world
 from tenbit.backends import Backend
 from tenbit.backends.single import SingleBackend
@@ -26,6 +28,15 @@ def backend_name(spec: BackendSpec) -> str:
             "--nproc-per-node N -m tenbit train RECIPE, or set backend.name = 'single'"
         )
     return name
+
+
+def check_backend(spec: BackendSpec, precision: Precision, device: torch.device) -> None:
+    """Raises ValueError for a backend that cannot be had here, before anything is loaded."""
+    if backend_name(spec) == "deepspeed":
+        from tenbit.backends.deepspeed import check_library
+
+        precision.deepspeed()
+        check_library(device)
 
 
 def make_backend(

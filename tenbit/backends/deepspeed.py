@@ -211,8 +211,8 @@ class DeepSpeedBackend:
         self._tell_scale()
 
 
-def _library(device: torch.device) -> Any:
-    """DeepSpeed, quiet, on the process group that is there. Raises ValueError if it is not installed or not for us."""
+def check_library(device: torch.device) -> Any:
+    """DeepSpeed, quiet. Raises ValueError if it is not installed or not for us."""
     logging.getLogger("DeepSpeed").addFilter(_worth_saying)
     # torch's own, at every call, of names that DeepSpeed calls
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -234,6 +234,12 @@ def _library(device: torch.device) -> Any:
             f"model.device = {device.type!r}, but DeepSpeed trains on what it finds on this machine, {chosen!r}. Leave "
             "model.device out, or set backend.name = 'fsdp'"
         )
+    return library
+
+
+def _library(device: torch.device) -> Any:
+    """The same, on the process group that is there."""
+    library = check_library(device)
     # an all-reduce for inference on CPUs, which would be compiled here and now
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     library.init_distributed(dist_backend=library.get_accelerator().communication_backend_name(), verbose=False)

@@ -43,8 +43,8 @@ class Skips:
         if self.in_a_row >= MAX_SKIPS_IN_A_ROW:
             raise Overflow(
                 f"{self.in_a_row} gradient steps in a row had inf or NaN gradients, whatever the loss scale: the model "
-                f"overflows in {self._format}, forward or backward. Resume from an earlier checkpoint with a lower "
-                "optim.lr, or train with precision = 'bf16' or 'fp32'"
+                f"overflows in {self._format}, forward or backward. Start a new run with a lower optim.lr, or with "
+                "precision = 'bf16' or 'fp32'"
             )
 
 
