@@ -184,3 +184,19 @@ def test_ctrl_c_on_several_ranks_finishes_the_step_and_saves(two_ranks, tmp_path
     assert f"Stopped after step {done}" in output, output
     assert output.count("stopping when this step is done") == 1
     assert [p.name for p in complete(out / "checkpoints")] == [f"step-{done:06d}"]
+
+
+@pytest.mark.slow
+@pytest.mark.scaling
+def test_a_checkpoint_damaged_in_one_ranks_share_is_refused_by_all(model_folder, grader, tmp_path):
+    """DeepSpeed's ranks read whole tensors, so that only one of them meets the damage; the other must not wait."""
+    pytest.importorskip("deepspeed")
+    file = write(run_recipe(model_folder, grader, steps=1, backend={"name": "deepspeed"}), tmp_path)
+    done = under_torchrun(2, file, tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (shard,) = (tmp_path / "run" / "checkpoints" / "step-000001" / "trainer").glob("__1_*.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    done = under_torchrun(2, file, tmp_path / "run", "--resume", "steps=2")
+    assert done.returncode != 0
+    assert "step-000001: cannot be read" in done.stderr, done.stderr
+    assert "Without this folder --resume goes on" in done.stderr
