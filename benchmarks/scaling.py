@@ -15,6 +15,7 @@ Within one run all contestants take turns in the same processes; figures are med
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -57,12 +58,12 @@ def model_on(rank_zero_only: bool, module: Any = None) -> Model:
     return Model(module, tokenizer, (EOS,), PAD, LENGTH, torch.device("cpu"))
 
 
-def backend_of(name: str, precision: str, module: Any = None) -> Backend:
+def backend_of(name: str, precision: str, module: Any = None, **spec: Any) -> Backend:
     plan, optim = Precision.parse(precision), OptimSpec.model_validate({"lr": 1e-6})
     if name == "single":
         return SingleBackend(model_on(False, module), plan, optim, 1.0, 1000)
-    spec = BackendSpec.model_validate({"name": name})
-    return make_backend(model_on(True, module), plan, optim, 1.0, 1000, spec)
+    how = BackendSpec.model_validate({"name": name, **spec})
+    return make_backend(model_on(True, module), plan, optim, 1.0, 1000, how)
 
 
 def batch_of(seed: int) -> Batch:
@@ -98,10 +99,12 @@ def whole_step(backend: Backend) -> None:
 def weak_scaling() -> dict[str, Any]:
     alone = backend_of("single", "fp16")
     strangers, fsdp = backend_of("single", "fp16"), backend_of("fsdp", "fp16")
+    kept = backend_of("fsdp", "fp16", reshard=False)
     contestants: dict[str, Callable[[], object]] = {
         "one process": lambda: whole_step(alone) if world.is_first() else None,
         "two strangers": lambda: whole_step(strangers),
         "two ranks, fsdp": lambda: whole_step(fsdp),
+        "two ranks, fsdp, weights kept until the step": lambda: whole_step(kept),
     }
     with contextlib.suppress(ValueError):  # not installed
         zero = backend_of("deepspeed", "fp16")
@@ -163,6 +166,7 @@ def weight_update() -> dict[str, Any]:
         dtype = Precision.parse(name).sync.dtype
         sizes = {n: t.numel() * t.element_size() for n, t in backend.weights(dtype) if n != "lm_head.weight"}
         dist.barrier()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would serve unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before, sent = resident(peak=False), loopback()
         took = seconds(lambda dtype=dtype: [None for _ in backend.weights(dtype)])
