@@ -102,6 +102,8 @@ def saved_if_engine_fails(run: Run) -> Iterator[None]:
         if step and step != run.checkpoints.newest:
             save(run)
         run.checkpoints.wait()
+        if not step:
+            raise
         raise type(error)(f"{error}. The run is saved as it was after step {step}") from error
 
 

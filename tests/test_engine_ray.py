@@ -495,7 +495,8 @@ def test_joins_the_cluster_that_ray_address_names_and_leaves_it_running(tmp_path
     port = 20000 + os.getpid() % 20000
     start = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     start += [f"--temp-dir={folder}", "--object-store-memory=100000000", "--disable-usage-stats"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    open_to_all = {"RAY_AUTH_MODE": "disabled"}  # else it depends on whether this machine happens to have a token
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | open_to_all
     with (tmp_path / "log").open("w") as out:
         head = subprocess.Popen([*command, *start], env=env, stdout=out, stderr=out, start_new_session=True)
     try:
@@ -512,6 +513,7 @@ def test_joins_the_cluster_that_ray_address_names_and_leaves_it_running(tmp_path
                 print(error)
             """,
             RAY_ADDRESS=f"127.0.0.1:{port}",
+            **open_to_all,
         )
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said

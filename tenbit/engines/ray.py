@@ -66,6 +66,7 @@ class RayEngine:
         self._spec = spec = rollout.ray
         self._closed = False
         try:
+            ray_cluster.take_token()
             self._ray: Any = importlib.import_module("ray")
         except ImportError as error:
             raise ValueError(

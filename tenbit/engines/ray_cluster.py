@@ -1,8 +1,8 @@
 """The Ray cluster of a run: RAY_ADDRESS's, or one on this machine that ends with the run. `ray` is the library.
 
-A local cluster keeps quiet, asks nothing of the network, and leaves no files. It gets those of the machine's GPUs that
-no rank trains on; all of them, if there are no others. Ray's processes do not hear Ctrl-C, which only the trainer
-decides about, and they end when the trainer does, however it ends.
+A local cluster keeps quiet, asks nothing of the network, and leaves no files (a killed run's go with the next one). It
+gets those of the machine's GPUs that no rank trains on; all of them, if there are no others. Ray's processes do not hear
+Ctrl-C, which only the trainer decides about, and they end when the trainer does, however it ends.
 """
 
 from __future__ import annotations
@@ -60,6 +60,16 @@ def join(ray: Any, cpus: float, store: int) -> None:
     _users = 1
 
 
+def take_token() -> None:
+    """Before Ray is imported: a cluster whose machine has one of Ray's tokens asks for it, so we show ours.
+
+    `ray start` goes by whether there is a token; a driver that joins goes by the variable alone.
+    """
+    joins = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local")
+    if joins and "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
 def _start(ray: Any, what: str, told: Mapping[str, Any]) -> None:
     try:
         ray.init(**{k: v for k, v in told.items() if v is not None})
@@ -69,7 +79,7 @@ def _start(ray: Any, what: str, told: Mapping[str, Any]) -> None:
         said = " ".join(str(error).split())
         raise ValueError(
             f"{what}: {said}. Correct or unset RAY_ADDRESS; the trainer must run on a machine of the cluster, with its "
-            "versions of Python and Ray"
+            "versions of Python and Ray, and with its token (~/.ray/auth_token, RAY_AUTH_MODE) if it has one"
         ) from error
 
 

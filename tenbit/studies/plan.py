@@ -37,6 +37,8 @@ class Machine:
         for option, value in (("--gpus", self.gpus), ("--memory", self.memory), ("--gpus-per-node", self.per_node)):
             if value <= 0:
                 raise ValueError(f"{option} {value:g}: give a positive number")
+        if not (math.isfinite(self.memory) and self.memory > 0):
+            raise ValueError(f"--memory {self.memory:g}: give the GB of one GPU, such as 80")
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(
                 f"--gpus {self.gpus} are not whole nodes of {self.per_node}. Give a multiple, or set --gpus-per-node"
@@ -136,6 +138,8 @@ def make_plan(recipe: Recipe, source: str, machine: Machine, prompt: int = PROMP
             f"rollout.max_tokens = {recipe.rollout.max_tokens} leaves no room for a prompt in the model's context of "
             f"{shape.context} tokens. Lower it"
         )
+    if prompt < 1:
+        raise ValueError(f"--prompt-tokens {prompt}: a prompt has at least one token")
     longest = min(prompt, room) + recipe.rollout.max_tokens
     trainer, sampler = _asked_trainer(recipe, machine), _asked_sampler(recipe, machine, shape)
     tokens = max(recipe.optim.token_budget, longest)
@@ -164,11 +168,12 @@ def _asked_trainer(recipe: Recipe, machine: Machine) -> Trainer:
 
 def _asked_sampler(recipe: Recipe, machine: Machine, shape: Shape) -> Sampler:
     rollout = recipe.rollout
-    tensor = int(rollout.vllm.options.get("tensor_parallel_size", 1))
-    if tensor > machine.per_node or shape.config.get_text_config().num_attention_heads % max(tensor, 1):
+    tensor, node = rollout.vllm.options.get("tensor_parallel_size", 1), min(machine.gpus, machine.per_node)
+    heads = shape.config.get_text_config().num_attention_heads
+    if not isinstance(tensor, int) or tensor < 1 or node % tensor or heads % tensor:
         raise ValueError(
-            f"rollout.vllm.options.tensor_parallel_size = {tensor} must divide the model's attention heads and be at "
-            f"most --gpus-per-node {machine.per_node}"
+            f"rollout.vllm.options.tensor_parallel_size = {tensor!r} must be a whole number that divides the model's "
+            f"{heads} attention heads and the {node} GPUs of a node. Correct it"
         )
     if rollout.engine != "ray":
         return Sampler(rollout.engine, tensor if rollout.engine == "vllm" else 1)
@@ -179,6 +184,11 @@ def _asked_sampler(recipe: Recipe, machine: Machine, shape: Shape) -> Sampler:
         raise ValueError(
             f"rollout.engine = 'ray': a pool of {max(pool, tensor)} GPUs leaves none of --gpus {machine.gpus} to train "
             "on. Lower rollout.ray.engines, or set rollout.engine = 'vllm' to sample on the training GPUs"
+        )
+    if machine.nodes > 1 and pool % machine.per_node:
+        raise ValueError(
+            f"rollout.ray.engines: a pool of {pool} GPUs is not whole nodes of {machine.per_node}, and torchrun starts "
+            "as many ranks on every node. Make it a multiple"
         )
     return Sampler(rollout.ray.engine, tensor, pool)
 
@@ -211,7 +221,7 @@ def _samplers(recipe: Recipe, machine: Machine, shape: Shape) -> Iterator[Sample
     if engine == "torch":
         yield Sampler("torch")
     heads = shape.config.get_text_config().num_attention_heads
-    sizes = [t for t in (1, 2, 4, 8) if t <= min(machine.gpus, machine.per_node) and heads % t == 0]
+    sizes = [t for t in (1, 2, 4, 8) if min(machine.gpus, machine.per_node) % t == 0 and heads % t == 0]
     for size in sizes:
         yield Sampler("vllm", size)
     for pool in _pools(machine):

@@ -186,8 +186,12 @@ def host(shape: Shape, recipe: Recipe, trainer: Trainer, sampler: Sampler, ranks
     if trainer.offload:
         parts.append(Part("masters, moments, gradients", state + FP32 * shape.parameters * here // ranks))
     if sampler.pool:
-        versions = 1 + recipe.rollout.ahead
-        parts.append(Part("Ray's object store: weights", versions * recipe.precision.sync.bytes * shape.parameters))
+        ahead, sync = recipe.rollout.ahead, recipe.precision.sync.bytes
+        versions = 2 + ahead if ahead else 1
+        parts.append(Part("Ray's object store: weights", versions * sync * shape.parameters))
+        if ahead:  # to score again what older weights sampled, and to come back
+            own = recipe.precision.copy_format.bytes * shape.parameters * here // ranks
+            parts.append(Part("copies of the weights, ahead", (ahead + 2) * own))
     return parts
 
 

@@ -68,7 +68,9 @@ def changes(plan: Plan, outcome: Outcome) -> list[str]:
 def command(plan: Plan, outcome: Outcome, overrides: list[str]) -> list[str]:
     """What to type, a line each."""
     machine, sampler = plan.machine, outcome.sampler
-    keys = [*overrides, *changes(plan, outcome)]
+    new = changes(plan, outcome)
+    replaced = {item.partition("=")[0] for item in new}
+    keys = [*(item for item in overrides if item.partition("=")[0] not in replaced), *new]
     run = shlex.join(["-m", "tenbit", "train", plan.source, *keys])
     if outcome.trainer.backend == "single":
         return [shlex.join(["tenbit", "train", plan.source, *keys])]
