@@ -1,8 +1,8 @@
 """The Ray cluster of a run: RAY_ADDRESS's, or one on this machine that ends with the run. `ray` is the library.
 
 A local cluster keeps quiet, asks nothing of the network, and leaves no files (a killed run's go with the next one). It
-gets those of the machine's GPUs that no rank trains on; all of them, if there are no others. Ray's processes do not hear
-Ctrl-C, which only the trainer decides about, and they end when the trainer does, however it ends.
+gets those of the machine's GPUs that no rank trains on; all of them, if there are no others. Ray's processes do not
+hear Ctrl-C, which only the trainer decides about, and they end when the trainer does, however it ends.
 """
 
 from __future__ import annotations
