@@ -454,3 +454,27 @@ def test_every_command_in_the_document_is_understood():
         assert done.returncode == 0, done.stderr
     for recipe, *rest in trains:
         assert Recipe.load(ROOT / recipe, [word for word in rest if "=" in word])
+
+
+@pytest.mark.parametrize(
+    ("changes", "machine", "prompt", "words"),
+    [
+        ({}, {"memory": math.nan}, 64, "--memory nan"),
+        ({}, {"memory": math.inf}, 64, "--memory inf"),
+        ({}, {}, 0, "--prompt-tokens 0"),
+        ({"engine": "vllm", "vllm": {"options": {"tensor_parallel_size": 0}}}, {}, 64, "tensor_parallel_size = 0"),
+        ({"engine": "vllm", "vllm": {"options": {"tensor_parallel_size": "two"}}}, {}, 64, "= 'two' must be a whole"),
+        ({"engine": "vllm", "vllm": {"options": {"tensor_parallel_size": 4}}}, {"gpus": 6}, 64, "the 6 GPUs of a node"),
+        (
+            {"engine": "ray", "ray": {"engine": "torch", "engines": 12}},
+            {"gpus": 32},
+            64,
+            "a pool of 12 GPUs is not whole nodes of 8",
+        ),
+    ],
+)
+def test_what_could_not_be_started_is_not_planned(changes, machine, prompt, words):
+    recipe = Recipe.load("recipes/dense_14b.toml").tree()
+    recipe["rollout"] |= changes
+    with pytest.raises(ValueError, match=words):
+        make_plan(Recipe.of(recipe), "r.toml", Machine(**{"gpus": 8, "memory": 80.0, "per_node": 8} | machine), prompt)
