@@ -122,7 +122,8 @@ class Worker:
         except Exception as error:
             for kind in (Undelivered, Overflow, EngineFailed, ValueError):
                 if isinstance(error, kind):
-                    return Answer(error=kind(str(error)), broken=kind is EngineFailed)
+                    text = str(error).replace("rollout.engine", "rollout.ray.engine")  # it thinks that it is the run's
+                    return Answer(error=kind(text), broken=kind is EngineFailed)
             return Answer(error=EngineFailed(f"an engine of the pool raised {type(error).__name__}: {error}"))
 
     def _hello(self) -> tuple[str, int]:
@@ -137,10 +138,7 @@ class Worker:
             )
         self._device = "cuda" if order.gpu else "cpu"
         model = order.outline.model(torch.device(self._device))
-        try:
-            self._engine = make_engine(order.rollout, model, order.precision, order.seed, order.longest)
-        except ValueError as error:  # which speaks of the engine as if it were the run's
-            raise ValueError(str(error).replace("rollout.engine", "rollout.ray.engine")) from error
+        self._engine = make_engine(order.rollout, model, order.precision, order.seed, order.longest)
 
     @property
     def _own(self) -> Engine:
