@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from tenbit import world
 from tenbit.backends import LossFunction, Read, StepStats, TrainerState
-from tenbit.backends.masters import Skips
+from tenbit.backends.masters import Skips, adamw
 from tenbit.backends.scorer import Scorer
 from tenbit.backends.zero import BUCKET, PARTS, Held, gathered, part, sent, shape
 from tenbit.models import fused
-from tenbit.models.loading import Model
+from tenbit.models.loading import Model, buffers_of
 from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
@@ -73,16 +73,8 @@ class DeepSpeedBackend:
             for p in head.parameters():  # which are used without a call of their module
                 library.zero.register_external_parameter(self._scorer, p)
         self._params: dict[str, Any] = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
-        parameters = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
-        self._buffers = {n: t for n, t in model.module.state_dict().items() if n not in parameters}
-        self._adamw = torch.optim.AdamW(
-            list(self._params.values()),
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self._buffers = buffers_of(model.module)
+        self._adamw = adamw(self._params.values(), optim)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimisers prints how much memory is used
             self._engine: Any = library.initialize(
                 model=self._scorer, optimizer=self._adamw, config=config, dist_init_required=False

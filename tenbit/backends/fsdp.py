@@ -30,7 +30,7 @@ from tenbit.backends import LossFunction, Read, StepStats, TrainerState
 from tenbit.backends.masters import Masters, whole
 from tenbit.backends.scorer import Scorer, decoder_layers, own_name
 from tenbit.models import fused
-from tenbit.models.loading import Model, first_names
+from tenbit.models.loading import Model, buffers_of, first_names
 from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
@@ -65,8 +65,7 @@ class FsdpBackend:
         self._every = dict(model.module.named_parameters())
         self._first = first_names(model.module)
         self._params = {n: p for n, p in self._every.items() if p.requires_grad}
-        parameters = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
-        self._buffers = {n: t for n, t in model.module.state_dict().items() if n not in parameters}
+        self._buffers = buffers_of(model.module)
         self._masters = Masters(self._params, precision, optim, updates)
         self._seen: dict[str, Tensor] = {}
         self._names = {module: name for name, module in self._scorer.named_modules()}

@@ -12,7 +12,7 @@ and agreeing on it takes nothing beyond the norm that clipping needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,14 +56,7 @@ class Masters:
         self.skips = Skips(precision)
         self._optim, self._total = optim, total
         self._scale = precision.scaler()
-        self._optimizer = torch.optim.AdamW(
-            list(self.tensors.values()),
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self._optimizer = adamw(self.tensors.values(), optim)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale; what backward starts from."""
@@ -126,6 +119,13 @@ class Masters:
         for master in self.tensors.values():
             self._moments(master)["step"].fill_(counts["updates"])  # skipped steps advanced neither
         self._scale.restore(float(counts["loss_scale"]), int(counts["clean_steps"]))
+
+
+def adamw(tensors: Iterable[Tensor], optim: OptimSpec) -> torch.optim.AdamW:
+    """The recipe's AdamW; its learning rate is set anew at every step."""
+    return torch.optim.AdamW(
+        list(tensors), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:

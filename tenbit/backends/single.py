@@ -20,7 +20,7 @@ from torch import Tensor
 from tenbit.backends import LossFunction, Read, StepStats, TrainerState
 from tenbit.backends.masters import Masters
 from tenbit.models.fused import fuse
-from tenbit.models.loading import Model
+from tenbit.models.loading import Model, buffers_of
 from tenbit.models.logprobs import Head, batch_logprobs
 from tenbit.precision import Precision
 from tenbit.recipe import OptimSpec
@@ -37,8 +37,7 @@ class SingleBackend:
         self._temperature = temperature
         named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         self._params = named
-        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
-        self._buffers = {n: t for n, t in self._module.state_dict().items() if n not in parameters}
+        self._buffers = buffers_of(self._module)
         self._sums: dict[str, Tensor] = {}
         masters = self._cast_whole() if precision.has_copy else named
         fuse(self._module)  # after the cast, for kernels work in one format

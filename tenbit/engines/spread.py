@@ -49,6 +49,11 @@ class _Collective:
 
     own: Engine | None
 
+    @property
+    def _own(self) -> Engine:
+        assert self.own is not None
+        return self.own
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Every rank reads all weights, for gathering them takes all ranks, and then they agree on the outcome."""
         named = iter(named_tensors)
@@ -111,11 +116,6 @@ class Each(_Collective):
     def score(self, sequences: Sequence[Sequence2], sampling: Sampling) -> list[Tensor]:
         return world.divide(sequences, lambda share: self._own.score(share, sampling), self._team)
 
-    @property
-    def _own(self) -> Engine:
-        assert self.own is not None
-        return self.own
-
     def _refuse_other_draws(self, own: list[tuple[int, ...]]) -> None:
         """A team's ranks each draw from logits that all of them computed: they must come to the same tokens."""
         drew = world.gather(zlib.crc32(repr(own).encode()))
@@ -139,8 +139,3 @@ class Pool(_Collective):
 
     def score(self, sequences: Sequence[Sequence2], sampling: Sampling) -> list[Tensor]:
         return world.first(lambda: self._own.score(sequences, sampling))
-
-    @property
-    def _own(self) -> Engine:
-        assert self.own is not None
-        return self.own

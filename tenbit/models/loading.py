@@ -188,6 +188,12 @@ def first_names(module: torch.nn.Module) -> dict[str, str]:
     return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
 
+def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a state dict holds besides parameters."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {name: t for name, t in module.state_dict().items() if name not in parameters}
+
+
 def _where(spec: ModelSpec) -> str:
     """The key; for a name that was looked for on the hub, also that there is no such folder."""
     here = spec.path == "builtin" or Path(spec.path).expanduser().is_dir()
