@@ -87,13 +87,13 @@ class Canary:
         text = list(itertools.islice(itertools.chain.from_iterable(a.ids for a in asked), max(LENGTHS)))
         text = list(itertools.islice(itertools.cycle(text), max(LENGTHS)))
         lengths = sorted({max(2, min(n, longest - DRAWN)) for n in LENGTHS})
-        spacing = max(precision.compute.epsilon, precision.rollout.epsilon)
+        spacing = precision.spacing
         room = FP32_ROOM if spacing == Format.FP32.epsilon else ROOM
         plain = Sampling(max(1, min(DRAWN, longest - lengths[-1])), sampling.temperature)
         bound = room * spacing / min(1.0, sampling.temperature)
         sequences = tuple(((text[0],), tuple(text[1:n])) for n in lengths)
         prompt = tuple(text[: min(lengths[-1], longest - plain.max_tokens)])
-        same = precision.compute == precision.rollout
+        same = precision.compute == precision.rollout and precision.rollout_bits is None
         return cls(sequences, prompt, plain, bound, same, model.pad_token_id)
 
     def prove(self, engine: Engine, backend: Backend) -> float:

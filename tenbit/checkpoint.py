@@ -39,6 +39,7 @@ from tenbit.backends import Backend
 # one process writes its checkpoint by itself, and that is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 TRAINER, HELD = "trainer", "held.pt"
+KEPT = "kept.json"  # in a checkpoint's folder: why it is never removed
 COUNTS = ("updates", "skips_in_a_row", "loss_scale", "clean_steps")
 
 
@@ -58,10 +59,11 @@ class Checkpoints:
         self._writing: Future[Any] | None = None
         self.newest: int | None = None  # the step of the last one that was begun
 
-    def save(self, backend: Backend, progress: Progress, held: Any = None) -> None:
+    def save(self, backend: Backend, progress: Progress, held: Any = None, healthy: int | None = None) -> None:
         """Begins ``step-N``; the training state is copied before this returns, so training may go on.
 
-        `held` is what rank 0 keeps besides, in plain values and tensors. Raises what went wrong with the one before.
+        `held` is what rank 0 keeps besides, in plain values and tensors. The newest checkpoint up to step `healthy`
+        stays, however many come after it. Raises what went wrong with the one before.
         """
         self.wait()
         self.newest = progress.step
@@ -84,12 +86,26 @@ class Checkpoints:
             process_group=world.writers(),
             no_dist=world.size() == 1,
         )
-        self._writing = _then(writing, lambda: self._commit(draft, final)) if world.is_first() else writing
+        self._writing = _then(writing, lambda: self._commit(draft, final, healthy)) if world.is_first() else writing
 
-    def _commit(self, draft: Path, final: Path) -> None:
+    def _commit(self, draft: Path, final: Path, healthy: int | None) -> None:
         replace_folder(draft, final)
+        spared = None if healthy is None else latest(self._folder, healthy)
         for old in complete(self._folder)[: -self._keep]:
-            shutil.rmtree(old.rename(self._folder / f".{old.name}.tmp"))
+            if old != spared and not (old / KEPT).exists():
+                shutil.rmtree(old.rename(self._folder / f".{old.name}.tmp"))
+
+    def keep(self, step: int, why: str) -> Path | None:
+        """Never removes the newest checkpoint up to `step` from now on; None if there is none. On all ranks."""
+        self.wait()
+
+        def mark() -> Path | None:
+            found = latest(self._folder, step)
+            if found is not None:
+                (found / KEPT).write_text(json.dumps({"step": step_of(found), "reason": why}, indent=1) + "\n")
+            return found
+
+        return world.first(mark)
 
     def wait(self) -> None:
         """Until the last checkpoint is on disk, on all ranks; raises OSError if it could not be written."""
@@ -117,11 +133,16 @@ def _begin(draft: Path) -> None:
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in folder.glob("step-*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
-def latest(folder: Path) -> Path | None:
-    found = complete(folder)
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def latest(folder: Path, up_to: int | None = None) -> Path | None:
+    """The newest complete checkpoint, of a step not after `up_to`."""
+    found = [p for p in complete(folder) if up_to is None or step_of(p) <= up_to]
     return found[-1] if found else None
 
 

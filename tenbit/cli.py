@@ -1,7 +1,8 @@
-"""The command line: `tenbit train`, `evaluate`, `probe`, `plan`, `report`, `recipes`, `algorithms`, `precisions`.
+"""The command line: `tenbit train`, `evaluate`, `probe`, `plan`, `report`, `watch`, ...; `tenbit --help` lists them.
 
 Bad input ends with one message that names the file, the key and the remedy, and exit status 2; a stopped run that
-can go on ends with 130. `TENBIT_TRACEBACK=1` shows where an error came from.
+can go on ends with 130, one that an alarm of `watch.act = "stop"` ended with 3. `TENBIT_TRACEBACK=1` shows where an
+error came from.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from tenbit import listings
+
+if TYPE_CHECKING:
+    from tenbit.recipe import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="RL fine-tuning of language models in FP16, where the sampler and the trainer run the same policy.",
 )
-BAD_INPUT, STOPPED = 2, 130
+BAD_INPUT, HALTED, STOPPED = 2, 3, 130
 
 
 @app.command()
@@ -36,15 +40,19 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="the run folder; else runs/NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of the run folder")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check it, say what would run, write nothing")] = False,
 ) -> None:
     """Fine-tune a model by reinforcement learning as a recipe says."""
     from tenbit import vigil, world
-    from tenbit.loop import Interrupted
+    from tenbit.loop import Halted, Interrupted
     from tenbit.loop import train as run_training
     from tenbit.recipe import Recipe
     from tenbit.report import write_report
     from tenbit.runlog import default_console, show_summary
 
+    if dry_run:
+        _rehearse(Recipe.load(recipe, overrides or []), out, resume)
+        return
     with world.joined(), vigil.kept():
         console = default_console() if world.is_first() else Console(quiet=True)
         try:
@@ -64,91 +72,64 @@ def train(
                 "--resume",
             ]
             how = Text(shlex.join(again), style="bold")
-            console.print(Text(f"Stopped after step {stop.step}. To go on:"), how, sep="\n  ")
-            stopped = True
+            why = f" by an alarm ({stop.why})" if stop.why else ""
+            console.print(Text(f"Stopped after step {stop.step}{why}. To go on:"), how, sep="\n  ")
+            status = STOPPED
+        except Halted as end:
+            if world.is_first():
+                write_report(end.folder)
+                show_summary(end.folder, console)
+            console.print(Text(f"Ended for good after step {end.step} by an alarm: {end.why}", style="bold red"))
+            status = HALTED
         except KeyboardInterrupt:
             if vigil.failed_first("stopped at once"):
                 print("tenbit: stopped at once; a run goes on from its last checkpoint with --resume", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
         else:
-            stopped = False
+            status = 0
             if world.is_first():
                 write_report(folder)
                 show_summary(folder, console)
-    if stopped:
-        raise typer.Exit(STOPPED)
+    if status:
+        raise typer.Exit(status)
+
+
+def _rehearse(recipe: Recipe, out: Path | None, resume: bool) -> None:
+    from tenbit import world
+    from tenbit.console import default_console
+    from tenbit.rehearsal import rehearse, show
+
+    with world.joined():
+        found = world.together(lambda: rehearse(recipe, out, resume))
+        if world.is_first():
+            show(found, default_console())
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="a run folder, finished or not")],
-    out: Annotated[Path | None, typer.Option(help="the page; else report.html in the folder")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders that hold some")],
+    out: Annotated[Path | None, typer.Option(help="the page; else report.html in the one folder")] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="of several runs, every plot also as a PNG")] = True,
 ) -> None:
-    """Draw a run folder as one self-contained HTML page."""
-    from tenbit.report import write_report
+    """Draw runs, finished or not, as one self-contained HTML page: one run in full, several side by side."""
+    from tenbit.report import report as draw
 
-    print(write_report(run, out))
-
-
-@app.command()
-def recipes(folder: Annotated[Path, typer.Argument(help="where to look")] = Path("recipes")) -> None:
-    """List the recipes in a folder."""
-    from tenbit.recipe import Recipe
-
-    files = sorted(folder.glob("*.toml"))
-    if not files:
-        raise ValueError(f"{folder}: no recipes (*.toml) here. Name the folder that holds them: tenbit recipes FOLDER")
-    rows = []
-    for file in files:
-        first = next((line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")), "#")
-        recipe = Recipe.load(file)
-        rows.append((str(file), recipe.precision.name, recipe.algorithm.name, first.lstrip("# ")))
-    _print_table(("recipe", "precision", "algorithm", "what it does"), rows)
+    print(draw(runs, out, png=png))
 
 
 @app.command()
-def algorithms() -> None:
-    """List the algorithms and what each is made of."""
-    from tenbit.algorithms import ALGORITHMS
+def watch(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="run folders, metrics files")],
+    json_output: Annotated[bool, typer.Option("--json", help="for machines, one run a line")] = False,
+) -> None:
+    """Judge runs of the past by the rules of early warning: alarms, and how long before a collapse they came."""
+    from tenbit.studies.watching import watch_command
 
-    rows = []
-    for name, a in ALGORITHMS.items():
-        correction = getattr(a.objective, "correction", None)
-        if correction is None:
-            weight = "–"
-        elif correction.beyond == "keep":
-            weight = f"{correction.level}"
-        else:
-            bounds = f"{correction.floor:g} to {correction.cap:g}" if correction.floor else f"{correction.cap:g}"
-            weight = f"{correction.level}, {correction.beyond} at {bounds}"
-        passes = "2" if a.needs_old else "1"
-        rows.append((name, weight, a.advantage, a.reduction, passes, a.equation))
-    heads = ("algorithm", "correction by π/μ", "advantage", "reduction", "passes", "source")
-    _print_table(heads, rows)
+    watch_command(runs, json_output)
 
 
-@app.command()
-def precisions() -> None:
-    """List the number formats and the presets, and the plan that each preset stands for."""
-    from tenbit.precision import Format, Precision
-    from tenbit.runlog import plan_table
-
-    rows = [
-        (
-            f.value,
-            f"{f.exponent_bits} / {f.mantissa_bits}",
-            f"{f.smallest_normal:.1e}",
-            f"{f.smallest_subnormal:.1e}",
-            f"{f.largest:.6g}",
-            f"1 + 2^-{f.mantissa_bits}",
-        )
-        for f in Format
-    ]
-    heads = ("format", "exponent / mantissa bits", "smallest normal", "subnormal", "largest", "next above 1")
-    _print_table(heads, rows)
-    console = Console(highlight=False)
-    console.print("\nA preset is a format, or training/rollout: fp16, bf16, fp32, bf16/fp32, ... The default, fp16:\n")
-    console.print(plan_table(Precision.parse("fp16"), {}))
+for listing in (listings.recipes, listings.algorithms, listings.precisions):
+    app.command()(listing)
 
 
 @app.command()
@@ -184,6 +165,47 @@ def evaluate(
         model, data=sets, samples=samples, engine=engine, precision=precision, temperature=temperature, top_p=top_p,
         max_tokens=max_tokens, template=template, grader=grader, limit=limit, seed=seed, both=both, texts=texts,
         chunk=chunk, overrides=keys,
+    )  # fmt: skip
+    try:
+        run(plan, out, resume=resume)
+    except KeyboardInterrupt:
+        print("tenbit: stopped; what is done is saved, and the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+
+
+@app.command()
+def perfectible(
+    model: Annotated[str, typer.Argument(help="'builtin', a model folder or name, or a run folder")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="a recipe's keys, such as rollout.max_batch=64")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="problems: a shipped set, a file")] = None,
+    samples: Annotated[int, typer.Option(help="responses to each problem, at most")] = 40,
+    low: Annotated[float, typer.Option(help="the lowest share of right responses that is kept")] = 0.2,
+    high: Annotated[float, typer.Option(help="the highest")] = 0.8,
+    engine: Annotated[str | None, typer.Option(help="torch (built in), vllm or ray  [torch]")] = None,
+    precision: Annotated[str | None, typer.Option(help="a format, or training/rollout  [fp16]")] = None,
+    temperature: Annotated[float, typer.Option(help="of sampling")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="the longest response  [8192, or what fits]")] = None,
+    template: Annotated[str | None, typer.Option(help="plain, chat, r1-distill, ... or a text  [plain]")] = None,
+    grader: Annotated[str | None, typer.Option(help="math, exact, or module:function  [math]")] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first so many problems")] = None,
+    seed: Annotated[int | None, typer.Option(help="decides every response  [0]")] = None,
+    full: Annotated[bool, typer.Option("--full", help="sample all, also where the verdict is settled")] = False,
+    round: Annotated[int, typer.Option(help="responses to a problem sampled at a time, at least")] = 4,
+    chunk: Annotated[int | None, typer.Option(help="problems sampled, and written, at a time")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="the kept problems, .jsonl")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what is beside FILE")] = False,
+) -> None:
+    """Keep the problems that a model solves sometimes: neither too easy nor unsolvable."""
+    from tenbit.studies.perfectible import run
+    from tenbit.studies.perfectible_plan import make_plan
+
+    plan = make_plan(
+        model, data=data, samples=samples, low=low, high=high, engine=engine, precision=precision,
+        temperature=temperature, top_p=top_p, max_tokens=max_tokens, template=template, grader=grader, limit=limit,
+        seed=seed, full=full, round=round, chunk=chunk, overrides=overrides or [],
     )  # fmt: skip
     try:
         run(plan, out, resume=resume)
@@ -256,14 +278,55 @@ def plan(
         show(found, Console(highlight=False, width=max(100, Console().width)), overrides or [])
 
 
-def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-    for i, head in enumerate(heads):
-        last = i == len(heads) - 1
-        table.add_column(head, style="bold" if i == 0 else "", overflow="fold", no_wrap=not last)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(highlight=False, width=max(100, Console().width)).print(table)
+@app.command()
+def ablate(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/cpu/sanity.toml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of every cell, such as steps=100")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="formats, or training/rollout: fp16,bf16,bf16/fp32")] = "",
+    algorithm: Annotated[str, typer.Option(help="as in `tenbit algorithms`: pg-is,grpo")] = "",
+    seeds: Annotated[str, typer.Option(help="how many, 3, or which, 0,5,7")] = "3",
+    jobs: Annotated[
+        int | None, typer.Option(help="runs at a time; else one a GPU, or as many as there is room")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(help="processes of one run, under torchrun; each a GPU where there are some")
+    ] = 1,
+    out: Annotated[Path | None, typer.Option(help="the folder; else runs/ablation-NAME")] = None,
+) -> None:
+    """Run a recipe as a grid of precisions, algorithms and seeds. The same command again goes on where it stopped."""
+    from tenbit.studies.ablation import ablate_command
+
+    try:
+        finished = ablate_command(recipe, overrides or [], precision, algorithm, seeds, jobs, ranks, out)
+    except KeyboardInterrupt:
+        print("tenbit: stopped; every run is saved, and the same command goes on", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    if not finished:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sanity(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, or the folder of a run to judge")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as precision=bf16")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the run folder; else runs/NAME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of the run folder")] = False,
+) -> None:
+    """The paper's sanity test: train on a perfectible set; passed if training accuracy converges above 95%."""
+    from tenbit.loop import Interrupted
+    from tenbit.studies.sanity import sanity_command
+
+    try:
+        outcome = sanity_command(recipe, overrides or [], out, resume)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"tenbit: {stop or 'stopped'}; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    if outcome.kind != "passed":
+        raise typer.Exit(1)
 
 
 def main() -> None:

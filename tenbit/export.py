@@ -25,8 +25,9 @@ def export(folder: Path, model: Model, backend: Backend, precision: Precision) -
     dtype = precision.export.dtype
     first = first_names(model.module)
     state: dict[str, Tensor] = {}
-    for name, tensor in backend.weights(dtype):
+    for name, weight in backend.weights(dtype):
         if world.is_first():
+            tensor = precision.rolled_out(weight)
             known = state.get(first.get(name, name))
             state[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else None) if known is None else known
     world.first(lambda: _write(folder, model, state, dtype))

@@ -15,7 +15,9 @@ from typing import Any
 from tenbit.recipe import Recipe
 
 # on --resume, without making it another run: what trains and how many sample decide where, not what
-MAY_CHANGE = ("name", "steps", "log_samples", "checkpoint", "backend", "rollout.ray.engines", "rollout.ray.restarts")
+MAY_CHANGE = (
+    "name", "steps", "log_samples", "checkpoint", "watch", "backend", "rollout.ray.engines", "rollout.ray.restarts",
+)  # fmt: skip
 
 
 def choose_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
@@ -48,7 +50,7 @@ def check_same(recipe: Recipe, folder: Path) -> None:
     """A resumed run must be the same run. Raises ValueError naming the keys that differ."""
     if not (folder / "recipe.toml").is_file():
         return
-    old, new = (_flat(r.tree()) for r in (Recipe.load(folder / "recipe.toml"), recipe))
+    old, new = (flat(r.tree()) for r in (Recipe.load(folder / "recipe.toml"), recipe))
     free = MAY_CHANGE if recipe.optim.schedule == "constant" else tuple(k for k in MAY_CHANGE if k != "steps")
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     differing = [k for k in changed if not any(k == f or k.startswith(f"{f}.") for f in free)]
@@ -59,11 +61,11 @@ def check_same(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
     """``{"optim": {"lr": 1}}`` -> ``{"optim.lr": 1}``."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+        out |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
     return out
 
 
@@ -76,9 +78,9 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder against a second process. Raises ValueError if one has it."""
-    with (folder / ".lock").open("w") as file:
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Holds the folder against a second process, or what `name` stands for in it. Raises ValueError if one has it."""
+    with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

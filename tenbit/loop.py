@@ -3,7 +3,7 @@
     for every step:   weights -> engine; sample; grade; advantages; batches     (when and how: sampler.py)
                       [score under theta' where the algorithm needs it]
                       for every gradient step: accumulate micro-batches; unscale, clip, update
-                      [evaluate]; log; [checkpoint]
+                      [evaluate]; log; watch (watch.py); [checkpoint]; act on an alarm
 
 It knows neither how the engine samples nor how the backend trains, nor how many ranks there are: each makes the same
 batches and takes its share of them, statistics are gathered, and rank 0 writes. The mismatch is measured at the first
@@ -31,7 +31,7 @@ from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import Algorithm
 from tenbit.backends import LossFunction, StepStats
 from tenbit.batching import Row, collate, micro_batches, split_evenly, totals
-from tenbit.checkpoint import Progress
+from tenbit.checkpoint import Progress, load, step_of
 from tenbit.clock import Clock
 from tenbit.evaluate import evaluate
 from tenbit.export import export
@@ -42,6 +42,7 @@ from tenbit.run import Run, open_run
 from tenbit.runlog import write_atomic
 from tenbit.sampler import Supply, apart_and_drift, deliver
 from tenbit.types import Batch, EngineFailed, Stats, Totals, merge
+from tenbit.watch import Alarm
 
 ECHO = 0.5  # seconds: a terminal and a launcher may both pass on one Ctrl-C
 STOPPING = b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n"
@@ -51,18 +52,30 @@ Update = tuple[list[Batch], Totals]
 
 
 class Interrupted(Exception):
-    """The user asked the run to stop; a checkpoint is on disk. `folder` is the run's."""
+    """The user, or an alarm that pauses, asked the run to stop; a checkpoint is on disk. `folder` is the run's."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, why: str = "") -> None:
         super().__init__(f"stopped after step {step}; everything is saved in {folder}")
         self.folder = folder
         self.step = step
+        self.why = why
+
+
+class Halted(Exception):
+    """An alarm ended the run for good, as ``watch.act = "stop"`` asks. The folder holds a model and a summary."""
+
+    def __init__(self, folder: Path, step: int, why: str) -> None:
+        super().__init__(f"ended after step {step}: {why}")
+        self.folder = folder
+        self.step = step
+        self.why = why
 
 
 def train(
     recipe: Recipe, out: Path | str | None = None, *, resume: bool = False, console: Console | None = None
 ) -> Path:
-    """Runs a recipe to its end and returns the run folder. Raises ValueError for bad input, Interrupted on Ctrl-C."""
+    """Runs a recipe to its end and returns the run folder. Raises ValueError for bad input, Interrupted on Ctrl-C
+    and at an alarm that pauses, Halted at one that stops."""
     out = Path(out) if out is not None else None
     with (
         world.joined(),
@@ -82,12 +95,16 @@ def train(
                 if run.eval_sets and (last or step % recipe.eval.every == 0):
                     metrics |= evaluate_now(run, clock)
             finally:  # an engine that dies while it evaluates leaves a step that was trained
-                run.log.log(step, metrics | times(clock))
+                alarms = log(run, step, metrics | times(clock))
+            alarm = agreed_alarm(run, alarms)
+            stop = stop or (alarm is not None and alarm.action != "snapshot")
             if last or stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
                 save(run)
+            if alarm is not None:
+                act(run, alarm)
             if stop and not last:
                 run.checkpoints.wait()
-                raise Interrupted(run.folder, step)
+                raise Interrupted(run.folder, step, alarm.reason if alarm is not None else "")
         finish(run)
     return run.folder
 
@@ -113,7 +130,38 @@ def save(run: Run) -> None:
         run.sampler.settle()
     held, position = run.sampler.held()
     progress = run.progress if position is None else replace(run.progress, position=position)
-    run.checkpoints.save(run.backend, progress, held)
+    watched = run.lookout is not None and run.recipe.watch.act != "nothing"
+    run.checkpoints.save(run.backend, progress, held, run.lookout.watch.healthy if run.lookout and watched else None)
+
+
+def log(run: Run, step: int, metrics: Metrics) -> list[Alarm]:
+    """A step's row, and the alarms it raises on rank 0. Waits for no other rank."""
+    run.log.log(step, metrics)
+    return run.lookout.see({"step": step, **metrics}) if run.lookout else []
+
+
+def agreed_alarm(run: Run, alarms: Sequence[Alarm]) -> Alarm | None:
+    """The alarm that all ranks act on: rank 0's."""
+    if not run.recipe.watch.enabled or run.recipe.watch.act == "nothing":
+        return None
+    return world.first(lambda: next((alarm for alarm in alarms if alarm.action), None))
+
+
+def act(run: Run, alarm: Alarm) -> None:
+    """Keeps the newest checkpoint from before the trouble, or else one of now; and ends the run if that is asked."""
+    healthy = world.first(lambda: run.lookout.watch.healthy if run.lookout else 0)
+    kept = run.checkpoints.keep(healthy, alarm.reason)
+    when = "the last before this"
+    if kept is None:
+        when = "there is none from before this"
+        if run.checkpoints.newest != run.progress.step:
+            save(run)
+        kept = run.checkpoints.keep(run.progress.step, alarm.reason)
+        assert kept is not None  # it was just written
+    run.log.console.print(f"{'':13}kept: {kept.relative_to(run.folder)}, {when}", soft_wrap=True)
+    if alarm.action == "stop" and run.progress.step < run.recipe.steps:
+        finish(run, kept, alarm)
+        raise Halted(run.folder, run.progress.step, alarm.reason)
 
 
 def train_step(run: Run, step: int, clock: Clock) -> Metrics:
@@ -249,12 +297,18 @@ def times(clock: Clock) -> Metrics:
     return {**phases, "time/step": clock.total}
 
 
-def finish(run: Run) -> None:
-    """The final model and the summary of the run."""
+def finish(run: Run, kept: Path | None = None, alarm: Alarm | None = None) -> None:
+    """The final model and the summary of the run. Of a run that an alarm ended, the model is that of `kept`."""
     run.log.phase("exporting")
+    stopped = {}
+    if kept is not None and alarm is not None:
+        if step_of(kept) != run.progress.step:
+            load(kept, run.backend)
+        stopped = {"stopped": alarm.tree(), "model_step": step_of(kept)}
     export(run.folder / "model", run.model, run.backend, run.recipe.precision)
     run.checkpoints.wait()  # a summary says that the run is finished
     done = {"steps": run.progress.step, "precision": run.recipe.precision.name, "algorithm": run.recipe.algorithm.name}
+    done |= stopped
     if world.is_first():
         write_atomic(run.folder / "summary.json", json.dumps(done, indent=1).encode() + b"\n")
 

@@ -131,6 +131,9 @@ class Precision(_Value):
     )
     logits: Format = Field(Format.FP32, description="what log-softmax is taken of")
     rollout: Format = Field(description="weights, cache and compute of the engine")
+    rollout_bits: int | None = Field(
+        None, ge=1, description="weights are rounded to so many mantissa bits before they are rolled out; for studies"
+    )
     sync: Format = Field(description="weights on their way to the engine")
     export: Format = Field(description="the model folder a run ends with")
     loss_scale: LossScale | None = Field(None, description="for FP16 gradients only")
@@ -147,6 +150,9 @@ class Precision(_Value):
         preset = plan.pop("preset", None)
         if preset is not None:
             train, _, rollout = str(preset).partition("/")
+            rollout, coarse, bits = rollout.partition("~")
+            if coarse:
+                plan.setdefault("rollout_bits", bits)
             known = [f.value for f in Format]
             for part in (train, rollout or train):
                 if part not in known:
@@ -208,6 +214,11 @@ class Precision(_Value):
                 f"precision.sync = {self.sync.value!r} would round the weights to another format than the engine's "
                 f"{self.rollout.value!r}; set it to {self.rollout.value!r} or 'fp32'."
             )
+        if self.rollout_bits is not None and self.rollout_bits >= self.rollout.mantissa_bits:
+            raise ValueError(
+                f"precision.rollout_bits = {self.rollout_bits}: {self.rollout.value!r} has no more than "
+                f"{self.rollout.mantissa_bits} mantissa bits, so nothing would be rounded. Lower it, or remove the key."
+            )
         if self.export != self.rollout:
             raise ValueError(
                 f"precision.export = {self.export.value!r}, but the policy that was rolled out and trained for is in "
@@ -221,8 +232,9 @@ class Precision(_Value):
 
     @property
     def name(self) -> str:
-        """``fp16`` or ``bf16/fp32``: training, then rollout where it differs."""
-        train, rollout = self.compute.value, self.rollout.value
+        """``fp16`` or ``bf16/fp32``: training, then rollout where it differs; ``fp16/fp16~4``: rounded to 4 bits."""
+        coarse = f"~{self.rollout_bits}" if self.rollout_bits is not None else ""
+        train, rollout = self.compute.value, self.rollout.value + coarse
         return train if train == rollout else f"{train}/{rollout}"
 
     @property
@@ -276,7 +288,21 @@ class Precision(_Value):
     def to_engine(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Casts master weights once, to the format they travel in."""
         for name, tensor in named:
-            yield name, tensor.detach().to(self.sync.dtype) if tensor.is_floating_point() else tensor.detach()
+            yield name, self.rolled_out(tensor).to(self.sync.dtype) if tensor.is_floating_point() else tensor.detach()
+
+    def rolled_out(self, tensor: Tensor) -> Tensor:
+        """A weight as the rollout policy has it, before the cast: rounded to `rollout_bits`, half to even, if set."""
+        if self.rollout_bits is None or not tensor.is_floating_point():
+            return tensor.detach()
+        mantissa, exponent = torch.frexp(tensor.detach().to(self.master.dtype))  # 0.5 <= |mantissa| < 1
+        unit = 2.0 ** (self.rollout_bits + 1)
+        return torch.ldexp(torch.round(mantissa * unit) / unit, exponent).to(tensor.dtype)
+
+    @property
+    def spacing(self) -> float:
+        """Of the numbers around 1, in the coarsest format that either policy computes with."""
+        coarse = 2.0**-self.rollout_bits if self.rollout_bits is not None else 0.0
+        return max(self.compute.epsilon, self.rollout.epsilon, coarse)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(part, format, what it is) for the table printed at start."""

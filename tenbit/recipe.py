@@ -24,6 +24,7 @@ from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import ALGORITHMS, CISPO, PG, Algorithm, Reduction
 from tenbit.keys import explain, one_of, override
 from tenbit.precision import Precision
+from tenbit.signals import WatchSpec
 from tenbit.types import Sampling
 
 
@@ -259,6 +260,7 @@ class Recipe(_Section):
     eval: EvalSpec = Field(default_factory=lambda: EvalSpec.model_validate({}))
     checkpoint: CheckpointSpec = Field(default_factory=lambda: CheckpointSpec.model_validate({}))
     compare: CompareSpec = Field(default_factory=lambda: CompareSpec.model_validate({}))
+    watch: WatchSpec = Field(default_factory=lambda: WatchSpec.model_validate({}))
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -28,7 +28,7 @@ from tenbit.engines import Engine
 from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
 from tenbit.tasks.grading import Grade, Grader
-from tenbit.types import Problem, Prompt, Rollout, Sampling
+from tenbit.types import Completion, Problem, Prompt, Rollout, Sampling
 
 Group = list[Rollout]
 
@@ -97,19 +97,22 @@ class Policy:
         """One grade per (problem, response text), in order."""
         return world.divide(answered, self.grader.grade) if self.divided else self.grader.grade(answered)
 
-    def answer(self, asked: Sequence[Asked], samples: int, seed: tuple[object, ...], clock: Clock) -> list[Group]:
-        """`samples` graded responses to each problem, in order. `seed` names this call."""
+    def respond(self, asked: Sequence[tuple[Problem, Prompt]], clock: Clock) -> list[tuple[Completion, str, Grade]]:
+        """One response to each prompt with its text and its grade, in order."""
         with clock("rollout"):
-            completions = self.engine.generate(prompts_of(asked, samples, seed), self.sampling)
+            completions = self.engine.generate([prompt for _, prompt in asked], self.sampling)
         with clock("grade"):
             texts = [str(self.tokenizer.decode(list(c.response_ids), skip_special_tokens=True)) for c in completions]
-            problems = [a.problem for a in asked for _ in range(samples)]
-            grades = self.grade(list(zip(problems, texts, strict=True)))
+            grades = self.grade([(problem, text) for (problem, _), text in zip(asked, texts, strict=True)])
+        return list(zip(completions, texts, grades, strict=True))
+
+    def answer(self, asked: Sequence[Asked], samples: int, seed: tuple[object, ...], clock: Clock) -> list[Group]:
+        """`samples` graded responses to each problem, in order. `seed` names this call."""
+        problems = [a.problem for a in asked for _ in range(samples)]
+        responses = self.respond(list(zip(problems, prompts_of(asked, samples, seed), strict=True)), clock)
         rollouts = [
             Rollout(problem, completion, text, grade.reward, grade.correct, i // samples)
-            for i, (problem, completion, text, grade) in enumerate(
-                zip(problems, completions, texts, grades, strict=True)
-            )
+            for i, (problem, (completion, text, grade)) in enumerate(zip(problems, responses, strict=True))
         ]
         return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
 

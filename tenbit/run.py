@@ -36,6 +36,7 @@ from tenbit.runlog import Log, NoLog, RunLog, default_console, write_atomic
 from tenbit.sampler import Ahead, OnPolicy, Sampler
 from tenbit.tasks.grading import Grader, open_grader
 from tenbit.types import Overflow
+from tenbit.watch import Lookout
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Run:
     canary: Canary
     checkpoints: Checkpoints
     progress: Progress
+    lookout: Lookout | None = None  # on rank 0, if the recipe wants one
 
     @property
     def engine(self) -> Engine:
@@ -63,7 +65,7 @@ class Run:
 def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | None = None) -> Iterator[Run]:
     """Checks everything, then makes or reopens the run folder. Raises ValueError with the remedy, on all ranks."""
     world.together(lambda: _refuse(recipe))
-    folder = world.first(lambda: _folder(recipe, out, resume))
+    folder = world.first(lambda: find_folder(recipe, out, resume))
     console = console or default_console()
     model = loading.load(recipe.model, recipe.rollout.stop_tokens, shared=world.size() > 1)
     limit, longest = recipe.task.limit, recipe.rollout.max_tokens
@@ -77,6 +79,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         world.together(lambda: _see_folder(folder))
         start, found = world.first(lambda: _start(recipe, folder, resume, console))
         runlog = stack.enter_context(world.together(lambda: _open_log(recipe, folder, resume, start, console)))
+        lookout = world.together(lambda: _open_lookout(recipe, folder, resume, start, console))
         world.first(lambda: write_comparison(recipe, model, train, folder, runlog))
         updates = recipe.steps * recipe.optim.updates
         temperature = recipe.rollout.temperature
@@ -95,11 +98,12 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
             ahead = Ahead(alone, stream, recipe, backend, canary, model.pad_token_id, start, held)
             sampler = stack.enter_context(contextlib.closing(ahead))
         checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
-        yield Run(recipe, folder, model, policy, backend, sampler, evals, runlog, canary, checkpoints, start)
+        yield Run(recipe, folder, model, policy, backend, sampler, evals, runlog, canary, checkpoints, start, lookout)
         checkpoints.wait()
 
 
-def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+def find_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+    """The folder of a run. Raises ValueError for one that it may not have. Nothing is made yet."""
     folder = choose_folder(recipe, out, resume)
     if resume:
         check_same(recipe, folder)
@@ -109,6 +113,10 @@ def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 def _refuse(recipe: Recipe) -> None:
     """What this many ranks cannot do, before anything is loaded."""
     check_backend(recipe.backend, recipe.precision, loading.resolve_device(recipe.model.device))
+    refuse_comparison(recipe)
+
+
+def refuse_comparison(recipe: Recipe) -> None:
     if team_of(recipe.rollout) > 1 and recipe.compare.precisions:
         raise ValueError(
             "compare.precisions: formats are compared by an engine of rank 0's own, but this run's engines are spread "
@@ -146,6 +154,12 @@ def _open_log(recipe: Recipe, folder: Path, resume: bool, start: Progress, conso
     if not world.is_first():
         return NoLog(console)
     return RunLog(folder, total_steps=recipe.steps, resume_step=start.step if resume else None, console=console)
+
+
+def _open_lookout(recipe: Recipe, folder: Path, resume: bool, start: Progress, console: Console) -> Lookout | None:
+    if not world.is_first() or not recipe.watch.enabled:
+        return None
+    return Lookout.open(recipe.watch, folder, start.step if resume else None, console)
 
 
 def make_grader(recipe: Recipe) -> Grader:

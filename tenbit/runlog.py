@@ -14,9 +14,11 @@ the rows up to that step, so that a resumed run's files equal those of a run tha
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,8 @@ from rich.text import Text
 
 from tenbit.console import default_console, eval_lines, header, plan_table, progress_bar, step_line
 from tenbit.precision import Precision
+from tenbit.signals import alarm_summary
+from tenbit.trackers import TensorBoard, Tracker
 from tenbit.types import Rollout
 
 Metrics = Mapping[str, float | int | None]
@@ -41,7 +45,7 @@ HEADER_EVERY = 25
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSON-lines file that a run may still be writing, or was killed writing.
+    """The rows of a JSON-lines file, maybe compressed (.gz), that a run may still be writing, or was killed writing.
 
     A torn last line is dropped. Raises ValueError, naming file and line, for damage anywhere else.
     """
@@ -73,7 +77,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def _lines(path: Path) -> list[tuple[bytes, Row]]:
-    raws = path.read_bytes().split(b"\n")
+    raws = _bytes(path).split(b"\n")
     while raws and not raws[-1].strip():
         raws.pop()
     out: list[tuple[bytes, Row]] = []
@@ -90,6 +94,13 @@ def _lines(path: Path) -> list[tuple[bytes, Row]]:
             ) from None
         out.append((raw, row))
     return out
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be unpacked ({error}). Restore the file.") from None
 
 
 def _append(file: IO[bytes], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -110,36 +121,6 @@ def _plain(value: Any) -> float | int | None:
     # JSON has no NaN or infinity, and most readers refuse Python's spelling of them. null is a gap in a curve, which
     # is what an undefined quantity is: the gradient norm of a skipped step, a mean over no sequences.
     return number if math.isfinite(number) else None
-
-
-# --- trackers --------------------------------------------------------------------------------------------------
-
-
-class Tracker(Protocol):
-    """Somewhere else that metrics are sent to. Made as ``tracker(folder, resume_step)``."""
-
-    def log(self, step: int, metrics: Mapping[str, float | int]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class TensorBoard:
-    """Mirrors the metrics to event files in ``tensorboard/``. Events hold float32; the truth is in metrics.jsonl."""
-
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of import, only when a run starts
-
-        purge = resume_step + 1 if resume_step else resume_step  # the first step that will be logged again
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-
-    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # also raises what went wrong in the writer's thread
-
-    def close(self) -> None:
-        self._writer.flush()
-        self._writer.close()
 
 
 # --- the run log -----------------------------------------------------------------------------------------------
@@ -373,6 +354,9 @@ def show_summary(folder: Path, console: Console | None = None) -> None:
     skipped = sum(1 for row in rows if row.get("optim/skipped"))
     if skipped:
         table.add_row("skipped", f"an update in {skipped} of {rows[-1]['step']} steps, by the loss scaler")
+    alarms = folder / "alarms.jsonl"
+    if alarms.exists():
+        table.add_row("alarms", alarm_summary(read_rows(alarms)))
     formats = read_mismatch(folder)
     if formats:
         ratio = mismatch_ratio(formats)

@@ -23,7 +23,7 @@ def relative(path: Path) -> str:
 FLOORS: list[set[str]] = [
     {"types", "world", "native", "vigil"},
     {"precision", "algorithms", "advantages", "mismatch", "batching"},
-    {"keys", "recipe", "models", "tasks"},
+    {"keys", "signals", "recipe", "models", "tasks"},
     {"engines", "backends"},
     {
         "canary",
@@ -38,12 +38,16 @@ FLOORS: list[set[str]] = [
         "run",
         "folder",
         "prompts",
+        "rehearsal",
         "scoring",
         "sampler",
         "export",
+        "outcome",
+        "trackers",
+        "watch",
     },
     {"report", "studies"},
-    {"cli", "__init__", "__main__"},
+    {"cli", "listings", "__init__", "__main__"},
 ]
 MATHEMATICS = {"types", "precision", "algorithms", "advantages", "mismatch", "batching"}
 SYSTEMS = {"transformers", "datasets", "peft", "tokenizers", "vllm", "ray", "deepspeed", "torch.distributed"}

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tenbit.engines.torch import TorchEngine
 from tenbit.models import pretrain
 from tenbit.precision import Precision
-from tenbit.studies.builtin import perfectible
 from tenbit.tasks import arithmetic
-from tenbit.types import Completion, Problem, Prompt, Rollout, Sampling
+from tenbit.types import Prompt, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +105,6 @@ def test_greedily_it_knows_the_task(model, tokenizer):
 
 def test_sampled_it_is_right_about_half_of_the_time(model, tokenizer):
     assert 0.30 <= share_right(model, tokenizer, arithmetic.load("arithmetic")[:128], temperature=1.0) <= 0.70
-
-
-def test_the_perfectible_set_keeps_what_is_neither_solved_nor_unsolvable():
-    def group(prompt: str, right: int) -> list[Rollout]:
-        completion = Completion((1,), (2,), torch.zeros(1), "stop")
-        return [Rollout(Problem(prompt, "7", prompt), completion, "", 0.0, i < right, 0) for i in range(10)]
-
-    kept = perfectible([group("a", 1), group("b", 2), group("c", 8), group("d", 9)])
-    assert [(row["problem"], row["initial_accuracy"]) for row in kept] == [("b", 0.2), ("c", 0.8)]
 
 
 def test_the_shipped_perfectible_set_is_a_part_of_its_source():

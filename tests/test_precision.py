@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import tomllib
+from fractions import Fraction
 
 import pytest
 import torch
@@ -418,3 +419,53 @@ def test_fp16_gradients_underflow_without_loss_scaling_and_do_not_with_it():
     assert subnormal < 0.02
     assert scaled_error < 0.005
     assert scaled_error < error / 10
+
+
+# --- weights rounded to fewer bits before they are rolled out
+
+
+def rounded(value: float, bits: int) -> float:
+    """Half to even at `bits` mantissa bits, in exact fractions."""
+    if value == 0:
+        return 0.0
+    exact, unit = Fraction(value), Fraction(2)
+    exponent = 0
+    while abs(exact) >= unit ** (exponent + 1):
+        exponent += 1
+    while abs(exact) < unit**exponent:
+        exponent -= 1
+    step = unit**exponent / 2**bits
+    return float(round(exact / step) * step)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5, 9])
+def test_rolled_out_weights_are_rounded_half_to_even(bits):
+    plan = Precision.parse(f"fp16/fp16~{bits}")
+    generator = torch.Generator().manual_seed(bits)
+    values = torch.cat(
+        [torch.randn(300, generator=generator), torch.tensor([0.0, -0.0, 1.0, 1.5, 1.75, 2.25, -3.5, 1e-4])]
+    )
+    got = plan.rolled_out(values)
+    assert got.tolist() == [rounded(v, bits) for v in values.tolist()]
+    (_, sent), (_, ids) = plan.to_engine([("w", values), ("ids", torch.arange(3))])
+    assert torch.equal(sent, got.half())
+    assert torch.equal(ids, torch.arange(3))
+
+
+def test_three_bits_are_those_of_fp8_e4m3():
+    values = torch.randn(500, generator=torch.Generator().manual_seed(0)).clamp(-400, 400)
+    normal = values.abs() > 2.0**-6
+    expected = values[normal].to(torch.float8_e4m3fn).float()
+    assert torch.equal(Precision.parse("fp16/fp16~3").rolled_out(values[normal]), expected)
+
+
+def test_a_rounded_rollout_has_its_own_name_and_is_refused_where_it_rounds_nothing():
+    plan = Precision.parse("fp16/fp16~4")
+    assert plan.name == "fp16/fp16~4"
+    assert Precision.parse(plan.name) == plan
+    assert plan.spacing == 2.0**-4
+    assert Precision.parse("fp16/bf16").spacing == 2.0**-7
+    with pytest.raises(ValueError, match="rollout_bits = 7"):
+        Precision.parse("bf16/bf16~7")
+    with pytest.raises(ValueError, match="rollout_bits"):
+        Precision.parse("fp16/fp16~many")

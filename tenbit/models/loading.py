@@ -118,6 +118,11 @@ def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = (), *, shared: bo
     return replace(model, stop_token_ids=world.first(lambda: model.stop_token_ids))
 
 
+def load_outline(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = ()) -> Model:
+    """The same without weights, its module on the meta device: what can be checked without reading gigabytes."""
+    return _open(spec, extra_stop_tokens, "none")
+
+
 def _open(
     spec: ModelSpec, extra_stop_tokens: tuple[str, ...], weights: Literal["device", "host", "none"] = "device"
 ) -> Model:

@@ -1,6 +1,7 @@
-"""Run folder -> one self-contained HTML page.
+"""Run folder -> one self-contained HTML page; several -> one page that compares them (`many.py`).
 
     write_report(Path("runs/demo"))        # runs/demo/report.html
+    report([Path("runs/a"), Path("runs/b")], Path("page.html"))
 
 The page reads without a network and without JavaScript; a small script adds the numbers of the step under the
 pointer, in all figures at once. Everything that came from a model, a data set or a recipe is escaped, and the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from tenbit.report import axis
 from tenbit.report.chart import draw
 from tenbit.report.compare import compare
 from tenbit.report.figures import sections
-from tenbit.report.reading import Run, read_run
+from tenbit.report.reading import Run, read_run, rows_file
 from tenbit.report.template import HERE, style, template
 from tenbit.report.verdict import key_numbers, verdict
 from tenbit.report.words import number, whole
@@ -44,6 +46,17 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, page.encode("utf-8", "replace"))
     return target
+
+
+def report(paths: Sequence[Path], out: Path | None = None, *, png: bool = True) -> Path:
+    """The page of one run folder, or, over several and over folders that hold some, the page that compares them."""
+    if len(paths) == 1 and (rows_file(paths[0], "metrics") or not paths[0].is_dir()):
+        return write_report(paths[0], out)
+    if out is None and len(paths) > 1:
+        raise ValueError("a page over several runs lies in none of their folders. Name it: --out page.html")
+    from tenbit.report.many import write_many  # a page of one run, as training writes it, needs none of this
+
+    return write_many(paths, out or paths[0] / "report.html", png=png)
 
 
 def render(run: Run) -> str:
@@ -100,4 +113,4 @@ def _leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, whole(value) if isinstance(value, int) else number(value))]
 
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "report", "write_report"]

@@ -33,7 +33,7 @@ class Series:
     x: Sequence[int]
     y: Values
     colour: str = "plain"
-    style: Literal["line", "faint", "points", "dashed", "stairs"] = "line"
+    style: Literal["line", "broken", "faint", "points", "dashed", "stairs"] = "line"
     show: Callable[[float], str] = number
     band: tuple[Values, Values] | None = None
     quiet: bool = False  # neither labelled nor read out: it only lies behind another series
@@ -94,7 +94,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Where a panel's values land, in the units of the view box."""
 
     top: float
@@ -121,19 +121,10 @@ class _Frame:
 
 def draw(figure: Figure, across: Axis, ident: str) -> Drawing:
     """Draws a figure over the steps of `across`; `ident` makes its element ids unique on the page."""
-    panels = [replace(p, series=[s.thinned() for s in p.series]) for p in figure.panels]
-    labelled = [_labelled(p) for p in panels]
-    widest = max((len(_short(s.label)) for some in labelled for s in some), default=0)
-    right = WIDTH - (widest * LETTER + 12 if widest else RIGHT)
-    marks, frames, top = [], [], TOP
-    for panel, named in zip(panels, labelled, strict=True):
-        top += 16 if panel.title or panel.axis.unit else 0
-        frame = _Frame(top, panel.height, right, across, panel.axis)
-        marks.append(_panel(panel, frame, named))
-        frames.append(frame)
-        top += panel.height + BETWEEN
-    bottom = frames[-1].bottom
+    panels, frames = laid_out(figure, across)
+    right, bottom = frames[0].right, frames[-1].bottom
     height = bottom + BOTTOM
+    marks = [_panel(panel, frame, named_at_end(panel)) for panel, frame in zip(panels, frames, strict=True)]
     svg = tag(
         "svg",
         tag("title", figure.title, id=f"{ident}-t"),
@@ -150,6 +141,23 @@ def draw(figure: Figure, across: Axis, ident: str) -> Drawing:
     last = data["x"][-1] if data["x"] else None
     readout = [(r["colour"], r["label"], r["text"][-1] if r["text"] else "–") for r in data["rows"]]
     return Drawing(figure.title, figure.note, svg, readout, last, data)
+
+
+def laid_out(figure: Figure, across: Axis) -> tuple[list[Panel], list[Frame]]:
+    """The panels as they are drawn, with no more points than fit, and where each lies. Shared by SVG and PNG."""
+    panels = [replace(p, series=[s.thinned() for s in p.series]) for p in figure.panels]
+    widest = max((len(short(s.label)) for p in panels for s in named_at_end(p)), default=0)
+    right = WIDTH - (widest * LETTER + 12 if widest else RIGHT)
+    frames, top = [], TOP
+    for panel in panels:
+        top += 16 if heading(panel) else 0
+        frames.append(Frame(top, panel.height, right, across, panel.axis))
+        top += panel.height + BETWEEN
+    return panels, frames
+
+
+def heading(panel: Panel) -> str:
+    return " ".join(filter(None, (panel.title, panel.axis.unit)))
 
 
 def describe(figure: Figure) -> str:
@@ -170,22 +178,21 @@ def describe(figure: Figure) -> str:
     return " ".join(parts)
 
 
-def _labelled(panel: Panel) -> list[Series]:
+def named_at_end(panel: Panel) -> list[Series]:
     """Series that are named at the end of their curve: where there are several to tell apart."""
     named = [s for s in panel.series if not s.quiet and any(v is not None for v in s.y)]
     return named if len(named) > 1 else []
 
 
-def _short(label: str) -> str:
+def short(label: str) -> str:
     """A label that fits beside its curve; the read-out has all of it."""
     return label if len(label) <= LONGEST_NAME else label[: LONGEST_NAME - 1].rstrip() + "…"
 
 
-def _panel(panel: Panel, frame: _Frame, named: list[Series]) -> Markup:
+def _panel(panel: Panel, frame: Frame, named: list[Series]) -> Markup:
     parts = [_grid(frame)]
-    heading = " ".join(filter(None, (panel.title, panel.axis.unit)))
-    if heading:
-        parts.append(tag("text", heading, x=LEFT, y=frame.top - 8, class_="heading"))
+    if heading(panel):
+        parts.append(tag("text", heading(panel), x=LEFT, y=frame.top - 8, class_="heading"))
     if not any(v is not None for s in panel.series for v in s.y):
         middle = (LEFT + frame.right) / 2
         at = frame.top + frame.height / 2
@@ -205,12 +212,12 @@ def _panel(panel: Panel, frame: _Frame, named: list[Series]) -> Markup:
                 ends.append((series, last[1]))
     ends = [(s, y) for s, y in ends if any(s is n for n in named)]
     for (series, _), y in zip(ends, spread([y for _, y in ends], LINE, frame.top, frame.bottom), strict=True):
-        text = tag("text", _short(series.label), x=frame.right + 7, y=y + 3.5, class_=f"name c-{series.colour}")
+        text = tag("text", short(series.label), x=frame.right + 7, y=y + 3.5, class_=f"name c-{series.colour}")
         parts.append(text)
     return group(parts)
 
 
-def _grid(frame: _Frame) -> Markup:
+def _grid(frame: Frame) -> Markup:
     parts, up = [], frame.up
 
     def at(unit: float) -> float:
@@ -233,7 +240,7 @@ def _step_ticks(across: Axis, right: float, bottom: float) -> Markup:
     return group(parts)
 
 
-def _curve(series: Series, frame: _Frame) -> list[Markup]:
+def _curve(series: Series, frame: Frame) -> list[Markup]:
     colour = f"c-{series.colour}"
     parts = []
     if series.band is not None:
@@ -261,7 +268,7 @@ def _curve(series: Series, frame: _Frame) -> list[Markup]:
     return parts
 
 
-def _stack(series: Sequence[Series], frame: _Frame, ends: list[tuple[Series, float]]) -> list[Markup]:
+def _stack(series: Sequence[Series], frame: Frame, ends: list[tuple[Series, float]]) -> list[Markup]:
     """Piles of one step's width each, lowest series first; appends the middle of each top at the end to `ends`."""
     x = series[0].x if series else []
     rows = [i for i in range(len(x)) if any(s.y[i] is not None for s in series)]
@@ -291,7 +298,7 @@ def _stack(series: Sequence[Series], frame: _Frame, ends: list[tuple[Series, flo
     return parts
 
 
-def _data(panels: Sequence[Panel], frames: Sequence[_Frame], right: float, bottom: float) -> dict[str, Any]:
+def _data(panels: Sequence[Panel], frames: Sequence[Frame], right: float, bottom: float) -> dict[str, Any]:
     """Positions and texts of every step. Sparse series keep their last value until the next one."""
     shown = [(s, p, f) for p, f in zip(panels, frames, strict=True) for s in p.series if not s.quiet]
     xs = sorted({x for s, _, _ in shown for x in s.x})

@@ -85,9 +85,9 @@ def _over(series: Sequence[Series], scale: Callable[..., axis.Axis] = axis.linea
     return scale(values, **limits)
 
 
-def trend(values: Sequence[float | None]) -> list[float | None]:
-    """A running mean over a twentieth of the run, centred; gaps stay gaps."""
-    reach = max(2, len(values) // 40)
+def trend(values: Sequence[float | None], reach: int | None = None) -> list[float | None]:
+    """A running mean over `reach` values to each side, or a twentieth of the run; gaps stay gaps."""
+    reach = max(2, len(values) // 40) if reach is None else reach
     total = list(accumulate((v or 0.0 for v in values), initial=0.0))
     count = list(accumulate((v is not None for v in values), initial=0))
     out: list[float | None] = []

@@ -1,4 +1,7 @@
-"""Reads a run folder, finished or not, into one value. Nothing but `metrics.jsonl` has to be there."""
+"""Reads a run folder, finished or not, into one value. Nothing but `metrics.jsonl` has to be there.
+
+Rows may also lie compressed, as ``metrics.jsonl.gz``: results that are kept for good are small that way.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
     total_steps: int | None = None
+    folder: Path = Path()
+    alarms: list[Row] | None = None  # None: nobody watched this run
 
     @property
     def title(self) -> str:
@@ -60,27 +65,35 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Raises ValueError, with the remedy, if there is no run in the folder or a file of it is damaged."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
+    metrics = rows_file(folder, "metrics")
+    if metrics is None:
         raise ValueError(f"{folder}: no metrics.jsonl here. Name the run folder that `tenbit train` printed.")
     merged: dict[int, Row] = {}
     for row in read_rows(metrics):
         merged[row["step"]] = merged.get(row["step"], {}) | row
     recipe = _text(folder / "recipe.toml")
-    samples = folder / "samples.jsonl"
+    samples, alarms = rows_file(folder, "samples"), rows_file(folder, "alarms")
     summary = _json(folder / "summary.json", dict)
     steps = _total_steps(recipe)
     return Run(
         name=folder.resolve().name,
         rows=[merged[step] for step in sorted(merged)],
         recipe=recipe,
-        samples=read_rows(samples) if samples.is_file() else [],
+        samples=read_rows(samples) if samples else [],
         plan=_json(folder / "precision.json", list),
         mismatch=read_mismatch(folder),
         summary=summary,
         finished=bool(summary) or (steps is not None and bool(merged) and max(merged) >= steps),
         total_steps=steps,
+        folder=folder,
+        alarms=read_rows(alarms) if alarms else None,
     )
+
+
+def rows_file(folder: Path, name: str) -> Path | None:
+    """The file of a run folder that holds these rows, compressed or not; the plain one is the newer where both are."""
+    files = (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz")
+    return next((file for file in files if file.is_file()), None)
 
 
 def _text(path: Path) -> str:

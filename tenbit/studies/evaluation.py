@@ -169,7 +169,7 @@ def _row(
     name: str, asked: Asked, budget: int, group: Sequence[Judged], drawn: Sequence[Completion], texts: bool
 ) -> dict[str, Any]:
     """`ids` is a checksum of a response's tokens: it shows whether two policies gave the same one."""
-    samples = [asdict(j) | {"ids": _digest(map(str, c.response_ids))} for j, c in zip(group, drawn, strict=True)]
+    samples = [asdict(j) | {"ids": digest(map(str, c.response_ids))} for j, c in zip(group, drawn, strict=True)]
     if not texts:
         for sample in samples:
             del sample["text"]
@@ -293,8 +293,8 @@ def settings_of(plan: Plan, sets: dict[str, list[Asked]], model: loading.Model) 
         "both": plan.both,
         "texts": plan.texts,
         "chunk": chunk_size(plan),
-        "problems": {name: _digest(a.problem.answer + repr(a.ids) for a in asked) for name, asked in sets.items()},
-        "weights": _fingerprint(model),
+        "problems": {name: digest(a.problem.answer + repr(a.ids) for a in asked) for name, asked in sets.items()},
+        "weights": fingerprint(model),
     }
 
 
@@ -319,18 +319,18 @@ def check_settings(plan: Plan, folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _digest(parts: Iterator[str]) -> str:
+def digest(parts: Iterator[str]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
 
-def _fingerprint(model: loading.Model) -> str:
+def fingerprint(model: loading.Model) -> str:
     """Of all weights: their bits added up as whole numbers, which is quick, exact and the same on any device."""
     sums = {
         name: int(tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
         for name, tensor in model.module.state_dict().items()
         if tensor.is_floating_point()
     }
-    return _digest(f"{name} {total}" for name, total in sorted(sums.items()))
+    return digest(f"{name} {total}" for name, total in sorted(sums.items()))

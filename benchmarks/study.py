@@ -1,0 +1,245 @@
+"""The paper's claims held against the study's runs: FP16 beside BF16, algorithm by algorithm, seed by seed.
+
+    python benchmarks/study.py --run             the study: hours on two cores; the same command goes on with it
+    python benchmarks/study.py --pack runs/study compresses what was run into results/study, which is committed
+    python benchmarks/study.py                   the tables of docs/results.md from there, and results/study.json
+
+Seeds are equal across cells, so differences are taken within a seed and averaged over seeds (and algorithms), with a
+95% interval by Student's t over the pairs. Every figure comes from `metrics.jsonl.gz`, nothing is kept by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from common import RESULTS, write
+
+from tenbit.outcome import Outcome, extreme, judge
+from tenbit.report.many_curves import interval
+from tenbit.runlog import read_rows, write_atomic
+from tenbit.studies.ablation import cell_name
+
+STUDY = RESULTS / "study"
+RECIPE = Path(__file__).parents[1] / "recipes/cpu/sanity.toml"
+ALGORITHMS = ("pg-is", "grpo", "grpo-token-tis", "grpo-seq-mis", "gspo")
+SEEDS = (0, 1, 2)
+LAST = 20  # steps whose mean is a run's final accuracy
+PARTS: dict[str, list[str]] = {
+    "builtin": ["--precision", "fp16,bf16", "--algorithm", ",".join(ALGORITHMS)],
+    "pairs": ["--precision", "bf16/fp16,bf16/fp32", "--algorithm", "grpo"],
+    "vllm": ["rollout.engine=vllm", "--precision", "fp16,bf16", "--algorithm", "grpo"],
+}
+KEPT = ("recipe.toml", "summary.json", "alarms.jsonl")
+
+
+@dataclass(frozen=True)
+class Cell:
+    rows: list[dict[str, Any]]
+    outcome: Outcome
+
+    @classmethod
+    def read(cls, folder: Path) -> Cell:
+        rows = [r for r in read_rows(next(folder.glob("metrics.jsonl*"))) if r.get("train/accuracy") is not None]
+        return cls(rows, judge(rows))
+
+    @property
+    def accuracy(self) -> float:
+        return fmean(row["train/accuracy"] for row in self.rows[-LAST:])
+
+    @property
+    def area(self) -> float:
+        """Mean accuracy of the whole run: how fast it learnt, and whether it kept it."""
+        return fmean(row["train/accuracy"] for row in self.rows)
+
+    @property
+    def held_out(self) -> float | None:
+        scores = [v for row in self.rows for k, v in row.items() if k.startswith("eval/") and "/avg@" in k]
+        return scores[-1] if scores else None
+
+    def typical(self, key: str) -> float:
+        return median(row[key] for row in self.rows if row.get(key) is not None)
+
+    @property
+    def extreme(self) -> float:
+        return max(v for row in self.rows if (v := extreme(row)) is not None)
+
+
+class Part:
+    """The cells of one ablation, by (algorithm, precision, seed)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def cell(self, algorithm: str, precision: str, seed: int) -> Cell | None:
+        folder = self.folder / cell_name(algorithm, precision, seed)
+        return Cell.read(folder) if any(folder.glob("metrics.jsonl*")) else None
+
+    def seeds(self, algorithm: str, precision: str) -> list[Cell]:
+        return [c for seed in SEEDS if (c := self.cell(algorithm, precision, seed)) is not None]
+
+    def paired(
+        self, algorithms: Iterable[str], a: str, b: str, value: Callable[[Cell], float | None]
+    ) -> list[tuple[float, float]]:
+        """(value under a, value under b) of every algorithm and seed that has both."""
+        found = []
+        for algorithm in algorithms:
+            for seed in SEEDS:
+                cells = [self.cell(algorithm, precision, seed) for precision in (a, b)]
+                values = [None if c is None else value(c) for c in cells]
+                if None not in values:
+                    found.append((values[0], values[1]))
+        return found  # type: ignore[return-value]
+
+
+def mean_of(values: Sequence[float]) -> dict[str, Any]:
+    mean, half = interval(values)
+    return {"mean": mean, "half_width_95": half, "n": len(values)}
+
+
+def difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    return mean_of([a - b for a, b in pairs])
+
+
+def describe(part: Part, algorithm: str, precision: str) -> dict[str, Any] | None:
+    """A line of the table of cells."""
+    cells = part.seeds(algorithm, precision)
+    if not cells:
+        return None
+    held_out = [c.held_out for c in cells if c.held_out is not None]
+    return {
+        "algorithm": algorithm,
+        "precision": precision,
+        "steps": [c.outcome.steps for c in cells],
+        "outcomes": [c.outcome.kind for c in cells],
+        "accuracy": mean_of([c.accuracy for c in cells]),
+        "peak": [c.outcome.peak for c in cells],
+        "area": mean_of([c.area for c in cells]),
+        "held_out": mean_of(held_out) if held_out else None,
+        "kl_k3": median(c.typical("mismatch/kl_k3") for c in cells),
+        "seq_logratio_std": median(c.typical("mismatch/seq_logratio_std") for c in cells),
+        "prob_diff": max(c.extreme for c in cells),
+        "rollout_seconds": median(c.typical("time/rollout") for c in cells),
+        "step_seconds": median(c.typical("time/step") for c in cells),
+    }
+
+
+def claims() -> dict[str, Any]:
+    """The numbers behind docs/results.md."""
+    builtin, pairs, vllm = (Part(STUDY / name) for name in PARTS)
+    two = ("fp16", "bf16")
+    ratios = {
+        name: mean_of([b / a for a, b in part.paired(some, *two, lambda c: c.typical("mismatch/seq_logratio_std"))])
+        for name, part, some in (("builtin", builtin, ALGORITHMS), ("vllm", vllm, ("grpo",)))
+        if part.paired(some, *two, lambda c: 0.0)
+    }
+    spread = {
+        p: max(cs) - min(cs)
+        for p in two
+        if len(cs := [fmean(c.accuracy for c in x) for a in ALGORITHMS if (x := builtin.seeds(a, p))]) > 1
+    }
+    by_algorithm = {
+        a: {"accuracy": difference(found), "area": difference(builtin.paired([a], *two, lambda c: c.area))}
+        for a in ALGORITHMS
+        if (found := builtin.paired([a], *two, lambda c: c.accuracy))
+    }
+    cells = [(name, a, p) for name, part in (("builtin", builtin), ("vllm", vllm)) for a in ALGORITHMS for p in two]
+    cells += [("pairs", "grpo", p) for p in ("bf16/fp16", "bf16/fp32")]
+    parts = {"builtin": builtin, "pairs": pairs, "vllm": vllm}
+    return {
+        "command": "python benchmarks/study.py",
+        "mismatch_bf16_over_fp16": ratios,
+        "accuracy_fp16_minus_bf16": difference(builtin.paired(ALGORITHMS, *two, lambda c: c.accuracy)),
+        "area_fp16_minus_bf16": difference(builtin.paired(ALGORITHMS, *two, lambda c: c.area)),
+        "held_out_fp16_minus_bf16": difference(builtin.paired(ALGORITHMS, *two, lambda c: c.held_out)),
+        "by_algorithm": by_algorithm,
+        "spread_between_algorithms": spread,
+        "cells": [row | {"part": n} for n, a, p in cells if (row := describe(parts[n], a, p)) is not None],
+    }
+
+
+def run(out: Path) -> None:
+    for name, options in PARTS.items():
+        command = [
+            sys.executable,
+            "-m",
+            "tenbit",
+            "ablate",
+            str(RECIPE),
+            *options,
+            "--seeds",
+            "3",
+            "--out",
+            str(out / name),
+        ]
+        subprocess.run(command, check=True)
+
+
+def pack(source: Path) -> None:
+    """Run folders -> results/study: metrics with six digits, compressed; the same runs give the same bytes."""
+    for name in PARTS:
+        for file in sorted((source / name).glob("*/metrics.jsonl")):
+            folder = STUDY / name / file.parent.name
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps({k: _short(v) for k, v in row.items()}) + "\n" for row in read_rows(file))
+            write_atomic(folder / "metrics.jsonl.gz", gzip.compress("".join(lines).encode(), mtime=0))
+            for kept in KEPT:
+                if (file.parent / kept).is_file():
+                    shutil.copy(file.parent / kept, folder / kept)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def percent(found: dict[str, Any], signed: bool = False) -> str:
+    half = f" ± {found['half_width_95']:.1%}" if found["half_width_95"] is not None else ""
+    return f"{found['mean']:{'+' if signed else ''}.1%}{half}"
+
+
+def show(found: dict[str, Any]) -> None:
+    """As in docs/results.md."""
+    print("| engine | algorithm | precision | outcomes | accuracy | held out | KL k3 | max abs(π−μ) | s/rollout |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for c in found["cells"]:
+        engine = "vLLM" if c["part"] == "vllm" else "built-in"
+        outcomes = ", ".join(f"{c['outcomes'].count(k)} {k}" for k in dict.fromkeys(c["outcomes"]))
+        held_out = percent(c["held_out"]) if c["held_out"] else "–"
+        numbers = f"{c['kl_k3']:.1e} | {c['prob_diff']:.3f} | {c['rollout_seconds']:.2f}"
+        line = (engine, c["algorithm"], c["precision"], outcomes, percent(c["accuracy"]), held_out, numbers)
+        print(f"| {' | '.join(line)} |")
+    print()
+    for key in ("accuracy", "area", "held_out"):
+        print(f"{key}, FP16 - BF16: {percent(found[f'{key}_fp16_minus_bf16'], signed=True)}")
+    for name, values in found["by_algorithm"].items():
+        accuracy, area = (percent(values[key], signed=True) for key in ("accuracy", "area"))
+        print(f"  {name}: accuracy {accuracy}, area {area}")
+    print("spread between algorithms:", {k: f"{v:.1%}" for k, v in found["spread_between_algorithms"].items()})
+    print("std of sequence log-ratio, BF16 / FP16:", found["mismatch_bf16_over_fp16"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="run the study into runs/study, or go on with it")
+    parser.add_argument("--pack", type=Path, help="a folder of finished runs, for results/study")
+    options = parser.parse_args()
+    if options.run:
+        run(Path("runs/study"))
+    if options.pack or options.run:
+        pack(options.pack or Path("runs/study"))
+    found = claims()
+    show(found)
+    print(write("study", found))
+
+
+if __name__ == "__main__":
+    main()
