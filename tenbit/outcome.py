@@ -6,7 +6,7 @@
 stopped being numbers. **failed**: neither. **running**: not finished, and not collapsed so far.
 
 A step's accuracy is that of its own few problems, and noisy: with n responses to p problems its standard error is some
-0.3 / sqrt(p). So everything is judged on means over `WINDOW` steps, a tenth of the run at most.
+0.3 / sqrt(p). So everything is judged on means over `WINDOW` steps, or a tenth of a shorter run, `SHORTEST` at least.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 PASS = 0.95  # section 4.1: training accuracy converges above 95%
 FALL = 0.15  # a collapse: so far below the peak, of accuracy 0 to 1 ...
 WINDOW = 20  # ... in means over so many steps
+SHORTEST = 5
 
 Kind = Literal["passed", "failed", "collapsed", "running"]
 
@@ -61,7 +62,7 @@ def judge(rows: Sequence[Mapping[str, Any]], total_steps: int | None = None, thr
     if not steps:
         return Outcome("running", "no training step yet", 0)
     last = int(steps[-1]["step"])
-    window = max(1, min(WINDOW, len(steps) // 10))
+    window = min(len(steps), max(SHORTEST, min(WINDOW, len(steps) // 10)))
     curve = smoothed([float(row["train/accuracy"]) for row in steps], window)
     # the first windows are not full, and a lucky first step is no peak
     top = max(range(window - 1, len(curve)), key=lambda i: curve[i])
@@ -71,13 +72,12 @@ def judge(rows: Sequence[Mapping[str, Any]], total_steps: int | None = None, thr
         "peak": round(curve[top], 6),
         "peak_step": int(steps[top]["step"]),
     }
-    broken = _first_broken(steps)
-    if broken is not None:
+    broken, fallen = _first_broken(steps), _fell_for_good(curve, top)
+    at = int(steps[fallen]["step"]) if fallen is not None else None
+    if broken is not None and (at is None or broken < at):
         why = f"from step {broken} on no update has a finite gradient norm; peak {curve[top]:.1%}"
         return Outcome("collapsed", why, **facts, collapsed_at=broken)
-    fallen = _fell_for_good(curve, top)
-    if fallen is not None:
-        at = int(steps[fallen]["step"])
+    if at is not None:
         why = (
             f"training accuracy peaked at {curve[top]:.1%} (step {facts['peak_step']}) and fell more than "
             f"{FALL:.0%} below it at step {at}, for good; it ended at {curve[-1]:.1%}"

@@ -74,6 +74,16 @@ def test_gradients_that_stop_being_numbers_are_a_collapse():
     assert judge(rows[:80], 80).kind == "failed"
 
 
+def test_of_two_collapses_the_first_counts():
+    fallen = curve([*ramp(0.5, 0.9, 100), *[0.1] * 100])
+    both = [row | ({"optim/grad_norm": None} if row["step"] > 190 else {}) for row in fallen]
+    assert judge(both, 200).collapsed_at == judge(fallen, 200).collapsed_at < 120
+
+
+def test_the_noise_of_a_few_steps_is_no_collapse():
+    assert judge(curve([0.7, 0.5, 0.55, 0.5, 0.6, 0.5, 0.5, 0.55, 0.5, 0.6, 0.5, 0.5]), 12).kind == "failed"
+
+
 def test_an_unfinished_run_is_running_unless_it_has_collapsed():
     assert judge(curve([0.99] * 50), 100).kind == "running"
     assert judge(curve([*[0.9] * 40, *[0.1] * 40]), 100).kind == "collapsed"
