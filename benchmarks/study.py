@@ -27,7 +27,9 @@ from common import RESULTS, write
 from tenbit.outcome import Outcome, extreme, judge
 from tenbit.report.many_curves import interval
 from tenbit.runlog import read_rows, write_atomic
+from tenbit.signals import LEVELS
 from tenbit.studies.ablation import cell_name
+from tenbit.studies.watching import watched
 
 STUDY = RESULTS / "study"
 RECIPE = Path(__file__).parents[1] / "recipes/cpu/sanity.toml"
@@ -38,7 +40,10 @@ PARTS: dict[str, list[str]] = {
     "builtin": ["--precision", "fp16,bf16", "--algorithm", ",".join(ALGORITHMS)],
     "pairs": ["--precision", "bf16/fp16,bf16/fp32", "--algorithm", "grpo"],
     "vllm": ["rollout.engine=vllm", "--precision", "fp16,bf16", "--algorithm", "grpo"],
+    "overdriven": ["optim.lr=2e-4", "--precision", "fp16,bf16", "--algorithm", "grpo"],  # what a collapse looks like
+    "coarse": ["--precision", "fp16/fp16~1,fp16/fp16~2", "--algorithm", "grpo"],  # the mismatch of a large model
 }
+PRECISIONS = ("fp16", "bf16", "bf16/fp16", "bf16/fp32", "fp16/fp16~2", "fp16/fp16~1")
 KEPT = ("recipe.toml", "summary.json", "alarms.jsonl")
 
 
@@ -133,10 +138,24 @@ def describe(part: Part, algorithm: str, precision: str) -> dict[str, Any] | Non
     }
 
 
+def warned(part: Part) -> dict[str, Any] | None:
+    """What early warning does on a part's runs, by the defaults of now: leads before collapse, and false alarms."""
+    runs = [watched(folder) for folder in sorted(part.folder.glob("*")) if any(folder.glob("metrics.jsonl*"))]
+    if not runs:
+        return None
+    fallen = [run for run in runs if run.outcome.kind == "collapsed"]
+    return {
+        "runs": len(runs),
+        "collapsed": len(fallen),
+        "lead": {level: [run.lead.get(level) for run in fallen] for level in LEVELS},
+        "false": {level: sum(level in run.first for run in runs if run not in fallen) for level in LEVELS},
+    }
+
+
 def claims() -> dict[str, Any]:
     """The numbers behind docs/results.md."""
-    builtin, pairs, vllm = (Part(STUDY / name) for name in PARTS)
-    two = ("fp16", "bf16")
+    parts = {name: Part(STUDY / name) for name in PARTS}
+    builtin, vllm, two = parts["builtin"], parts["vllm"], ("fp16", "bf16")
     ratios = {
         name: mean_of([b / a for a, b in part.paired(some, *two, lambda c: c.typical("mismatch/seq_logratio_std"))])
         for name, part, some in (("builtin", builtin, ALGORITHMS), ("vllm", vllm, ("grpo",)))
@@ -152,9 +171,7 @@ def claims() -> dict[str, Any]:
         for a in ALGORITHMS
         if (found := builtin.paired([a], *two, lambda c: c.accuracy))
     }
-    cells = [(name, a, p) for name, part in (("builtin", builtin), ("vllm", vllm)) for a in ALGORITHMS for p in two]
-    cells += [("pairs", "grpo", p) for p in ("bf16/fp16", "bf16/fp32")]
-    parts = {"builtin": builtin, "pairs": pairs, "vllm": vllm}
+    cells = [(name, a, p) for name in PARTS for a in ALGORITHMS for p in PRECISIONS]
     return {
         "command": "python benchmarks/study.py",
         "mismatch_bf16_over_fp16": ratios,
@@ -163,6 +180,7 @@ def claims() -> dict[str, Any]:
         "held_out_fp16_minus_bf16": difference(builtin.paired(ALGORITHMS, *two, lambda c: c.held_out)),
         "by_algorithm": by_algorithm,
         "spread_between_algorithms": spread,
+        "watch": {name: found for name, part in parts.items() if (found := warned(part))},
         "cells": [row | {"part": n} for n, a, p in cells if (row := describe(parts[n], a, p)) is not None],
     }
 
@@ -208,14 +226,13 @@ def percent(found: dict[str, Any], signed: bool = False) -> str:
 
 def show(found: dict[str, Any]) -> None:
     """As in docs/results.md."""
-    print("| engine | algorithm | precision | outcomes | accuracy | held out | KL k3 | max abs(π−μ) | s/rollout |")
+    print("| part | algorithm | precision | outcomes | accuracy | held out | KL k3 | max abs(π−μ) | s/rollout |")
     print("|---|---|---|---|---|---|---|---|---|")
     for c in found["cells"]:
-        engine = "vLLM" if c["part"] == "vllm" else "built-in"
         outcomes = ", ".join(f"{c['outcomes'].count(k)} {k}" for k in dict.fromkeys(c["outcomes"]))
         held_out = percent(c["held_out"]) if c["held_out"] else "–"
         numbers = f"{c['kl_k3']:.1e} | {c['prob_diff']:.3f} | {c['rollout_seconds']:.2f}"
-        line = (engine, c["algorithm"], c["precision"], outcomes, percent(c["accuracy"]), held_out, numbers)
+        line = (c["part"], c["algorithm"], c["precision"], outcomes, percent(c["accuracy"]), held_out, numbers)
         print(f"| {' | '.join(line)} |")
     print()
     for key in ("accuracy", "area", "held_out"):
@@ -224,6 +241,8 @@ def show(found: dict[str, Any]) -> None:
         accuracy, area = (percent(values[key], signed=True) for key in ("accuracy", "area"))
         print(f"  {name}: accuracy {accuracy}, area {area}")
     print("spread between algorithms:", {k: f"{v:.1%}" for k, v in found["spread_between_algorithms"].items()})
+    for name, w in found["watch"].items():
+        print(f"watch, {name}: {w['runs']} runs, {w['collapsed']} collapsed, leads {w['lead']}, false {w['false']}")
     print("std of sequence log-ratio, BF16 / FP16:", found["mismatch_bf16_over_fp16"])
 
 

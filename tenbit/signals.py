@@ -45,14 +45,15 @@ class Signal:
     """One thing to watch. `read` gives a step's number: None says nothing is known, infinity that it is not a number.
 
     `judged` is how a window of numbers becomes the value that is held against the levels:
-    "rise", their median divided by that of the first steps; "fall", the other way round; "level", their median itself;
-    "share", the share of steps that are 1. Medians of the first steps are taken as `floor` at least. One step that
-    reaches `spike` by itself is worth a note.
+    "rise", their median divided by that of the first steps; "fall", the other way round; "rebound", their median
+    divided by the lowest that it was, over the first steps or any three windows in a row; "level", their median itself; "share", the share of
+    steps that are 1. What is divided by is taken as `floor` at least. One step that reaches `spike` by itself is worth a
+    note.
     """
 
     title: str
     read: Callable[[Row], float | None]
-    judged: Literal["rise", "fall", "level", "share"]
+    judged: Literal["rise", "fall", "rebound", "level", "share"]
     levels: Levels
     spike: float
     remedy: str
@@ -140,10 +141,12 @@ SIGNALS: dict[str, Signal] = {
     "entropy": Signal(
         "the policy's entropy",
         _number("policy/entropy"),
-        "rise",
-        # A policy that learns becomes surer: in all pilot runs that learned entropy fell. A rise is the policy coming
-        # apart: 3.4- and 3.5-fold in two that a learning rate far too high broke. That it falls is not an alarm.
-        Levels(note=1.5, warn=2.0, act=4.0),
+        "rebound",
+        # A policy that learns becomes surer, and its entropy falls: that is no alarm. That it rises again is the policy
+        # coming apart, and what is lost shows against its lowest, not against the start. In pilot runs that learned
+        # well it stayed below 1.2 times its lowest, in restless ones below 1.4; where accuracy fell by 40 points it
+        # reached 1.75 to 2.5. docs/watch.md has what these levels then did in runs that they were not chosen on.
+        Levels(note=1.3, warn=1.6, act=2.0),
         10.0,
         f"the policy becomes more random instead of surer: {_LOWER}",
         floor=1e-3,

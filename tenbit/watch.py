@@ -34,6 +34,7 @@ from tenbit.signals import LEVELS, SIGNALS, Level, Row, WatchSpec
 
 FILE = "alarms.jsonl"
 WARN, ACT = 2, 3  # levels as numbers; 0 is quiet, 1 a note
+LONG = 3  # windows that a lowest is taken over: the lowest of many short ones would be a lucky one
 STYLE = {"note": "dim", "warn": "yellow", "act": "bold red"}
 
 
@@ -64,6 +65,8 @@ class _Track:
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=spec.window)
         self._usual: float | None = None
+        self._long: deque[float] = deque(maxlen=LONG * spec.window)
+        self._lowest = math.inf  # of the first steps and all long windows, for "rebound"
         self._calm = self._highest = 0
         self.raised = 0
         self.level = 0  # of the window, at the last step that said something
@@ -75,13 +78,17 @@ class _Track:
             if len(self._first) == self._warmup:
                 usual = statistics.median(self._first)
                 self._usual = max(usual if math.isfinite(usual) else 0.0, self.signal.floor)
+                self._lowest = self._usual
             if self.signal.judged == "share":
                 return None  # a loss scaler looks for its scale in the first steps
         self._last.append(reading)
+        self._long.append(reading)
         if len(self._last) < self._window or self._usual is None:
             return None
         middle = (statistics.fmean if self.signal.judged == "share" else statistics.median)(self._last)
         value = self._value(middle)
+        if len(self._long) == self._long.maxlen:
+            self._lowest = max(min(self._lowest, statistics.median(self._long)), self.signal.floor)
         self.level = level = self.levels.reached(value)
         alone = level == 0 and self._value(reading) >= self._spike
         threshold = self._spike if alone else self.levels.of(level)
@@ -103,8 +110,8 @@ class _Track:
             self.raised, self._calm, self._highest = self._highest, 0, 0
 
     def _value(self, number: float) -> float:
-        usual = self._usual or 0.0
-        if self.signal.judged == "rise":
+        usual = (self._lowest if self.signal.judged == "rebound" else self._usual) or 0.0
+        if self.signal.judged in ("rise", "rebound"):
             return number / usual if usual else (math.inf if number else 1.0)
         if self.signal.judged == "fall":
             return usual / number if number else (math.inf if usual else 1.0)
@@ -119,8 +126,13 @@ class _Track:
             return f"{title} is not a number ({over})"
         if self.signal.judged == "level":
             return f"{title} is {value:.3g} ({over}); 1 is the most there can be"
-        how = "times what it was" if self.signal.judged == "rise" else "times smaller than it was"
-        return f"{title} is {value:.3g} {how} in the first steps: {number:.3g}, was {self._usual:.3g} ({over})"
+        how = {
+            "rise": "times what it was in the first steps",
+            "rebound": "times its lowest so far",
+            "fall": "times smaller than it was in the first steps",
+        }[self.signal.judged]
+        before = self._lowest if self.signal.judged == "rebound" else self._usual
+        return f"{title} is {value:.3g} {how}: {number:.3g}, was {before:.3g} ({over})"
 
 
 class Watch:

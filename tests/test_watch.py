@@ -165,8 +165,11 @@ def test_the_largest_gap_is_judged_by_its_own_size_on_both_sides():
 def test_effective_sample_size_falls_and_entropy_rises():
     assert found(series("mismatch__seq_ess", [0.9] * 12 + [0.4] * 12)) == [(17, "note", "ess"), (18, "warn", "ess")]
     assert found(series("mismatch__seq_ess", [0.4] * 12 + [0.9] * 12)) == []
-    assert found(series("policy__entropy", [0.03] * 12 + [0.2] * 12))[-1] == (18, "act", "entropy")
+    assert found(series("policy__entropy", [0.03] * 12 + [0.2] * 12))[-1] == (17, "act", "entropy")
     assert found(series("policy__entropy", [0.3] * 12 + [0.0] * 30)) == []
+    assert found(series("policy__entropy", [0.03] * 12 + [0.01] * 31 + [0.0155] * 9)) == [(49, "note", "entropy")]
+    assert found(series("policy__entropy", [0.03] * 12 + [0.01] * 31 + [0.021] * 9))[-1] == (49, "act", "entropy")
+    assert found(series("policy__entropy", [0.03] * 12 + [0.01] * 12 + [0.021] * 20)) == []  # a short low is luck
 
 
 def test_skipped_steps_count_by_their_share_and_the_search_at_the_start_does_not():
