@@ -40,10 +40,11 @@ PARTS: dict[str, list[str]] = {
     "builtin": ["--precision", "fp16,bf16", "--algorithm", ",".join(ALGORITHMS)],
     "pairs": ["--precision", "bf16/fp16,bf16/fp32", "--algorithm", "grpo"],
     "vllm": ["rollout.engine=vllm", "--precision", "fp16,bf16", "--algorithm", "grpo"],
-    "overdriven": ["optim.lr=2e-4", "--precision", "fp16,bf16", "--algorithm", "grpo"],  # what a collapse looks like
-    "coarse": ["--precision", "fp16/fp16~1,fp16/fp16~2", "--algorithm", "grpo"],  # the mismatch of a large model
+    "overdriven": ["optim.lr=2e-4", "steps=90", "--precision", "fp16,bf16", "--algorithm", "grpo"],  # what a collapse looks like
+    "long": ["steps=180", "--precision", "fp16,bf16", "--algorithm", "pg-is,grpo"],
+    "coarse": ["--precision", "fp16/fp16~1", "--algorithm", "grpo"],  # the mismatch of a large model
 }
-PRECISIONS = ("fp16", "bf16", "bf16/fp16", "bf16/fp32", "fp16/fp16~2", "fp16/fp16~1")
+PRECISIONS = ("fp16", "bf16", "bf16/fp16", "bf16/fp32", "fp16/fp16~1")
 KEPT = ("recipe.toml", "summary.json", "alarms.jsonl")
 
 
@@ -87,7 +88,7 @@ class Part:
 
     def cell(self, algorithm: str, precision: str, seed: int) -> Cell | None:
         folder = self.folder / cell_name(algorithm, precision, seed)
-        return Cell.read(folder) if any(folder.glob("metrics.jsonl*")) else None
+        return Cell.read(folder) if (folder / "summary.json").is_file() else None  # finished
 
     def seeds(self, algorithm: str, precision: str) -> list[Cell]:
         return [c for seed in SEEDS if (c := self.cell(algorithm, precision, seed)) is not None]

@@ -46,9 +46,9 @@ class Signal:
 
     `judged` is how a window of numbers becomes the value that is held against the levels:
     "rise", their median divided by that of the first steps; "fall", the other way round; "rebound", their median
-    divided by the lowest that it was, over the first steps or any three windows in a row; "level", their median itself; "share", the share of
-    steps that are 1. What is divided by is taken as `floor` at least. One step that reaches `spike` by itself is worth a
-    note.
+    divided by the lowest that it was, over the first steps or any three windows in a row; "level", their median itself;
+    "share", the share of steps that are 1. What is divided by is taken as `floor` at least. One step that reaches
+    `spike` by itself is worth a note.
     """
 
     title: str

@@ -251,7 +251,7 @@ def test_sanity_judges_a_run_it_trains_and_one_that_is_there(small, tmp_path):
     assert record["verdict"] == "failed"
     assert record["steps"] == 3
     assert record["evidence"]["prob_diff"] >= 0
-    assert "failed" in (tmp_path / "run/report.html").read_text()
+    assert "Sanity test: failed" in (tmp_path / "run/report.html").read_text()
     again = tenbit("sanity", "run", cwd=tmp_path)
     assert again.returncode == 1
     assert json.loads((tmp_path / "run/sanity.json").read_text()) == record
@@ -271,6 +271,8 @@ def test_sanity_passes_a_run_that_converged_and_says_when_one_collapsed(tmp_path
     bad = run("bad", [0.6] * 50 + [0.9] * 50 + [0.2] * 50)
     assert bad.returncode == 1
     assert "COLLAPSED" in bad.stdout
+    page = (tmp_path / "bad/report.html").read_text()
+    assert all(words in page for words in ("Sanity test: collapsed", "at the collapse", "peaked at 90.0%", "was 0.75"))
     record = json.loads((tmp_path / "bad/sanity.json").read_text())
     assert record["collapsed_at"] == 104
     assert record["peak_step"] == 65  # the first full window of equals

@@ -429,3 +429,34 @@ def test_the_trend_is_a_centred_mean_over_what_is_known() -> None:
 )  # fmt: skip
 def test_numbers_read_well(shown: str, text: str) -> None:
     assert shown == text
+
+
+def test_alarms_and_a_sanity_verdict_are_on_the_page_and_harmless(tmp_path):
+    folder = tmp_path
+    evil = "<script>alert(1)</script>"
+    rows = [{"step": i, "train/accuracy": 0.5} for i in range(1, 4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alarm = {"step": 3, "level": "warn", "signal": "kl", "reason": f"it grew {evil}", "remedy": f"lower it {evil}"}
+    note = {"step": 2, "level": "note", "signal": "kl", "reason": "a spike", "remedy": "nothing to do"}
+    (folder / "alarms.jsonl").write_text(json.dumps(note) + "\n" + json.dumps(alarm) + "\n")
+    evidence = {
+        "kl_k3": {"start": 2e-6, "peak": None, "end": 5e-5},
+        "prob_diff": 0.75,
+        "prob_diff_step": 3,
+        "skipped": 2,
+    }
+    verdict = {"verdict": "collapsed", "reason": f"fell {evil}", "evidence": evidence}
+    (folder / "sanity.json").write_text(json.dumps(verdict))
+    page = write_report(folder).read_text()
+    assert evil not in page
+    for words in (
+        "Sanity test: collapsed",
+        "2.0·10⁻⁶",
+        "5.0·10⁻⁵",
+        "0.75, at step 3",
+        "Updates skipped: 2",
+        "it grew",
+        "lower it",
+    ):
+        assert words in page, words
+    assert "nothing to do" not in page  # a note needs no remedy

@@ -26,6 +26,7 @@ from tenbit.report import axis
 from tenbit.report.chart import draw
 from tenbit.report.compare import compare
 from tenbit.report.figures import sections
+from tenbit.report.judged import alarms, sanity
 from tenbit.report.reading import Run, read_run, rows_file
 from tenbit.report.template import HERE, style, template
 from tenbit.report.verdict import key_numbers, verdict
@@ -72,6 +73,8 @@ def render(run: Run) -> str:
         run=run,
         verdict=verdict(run),
         numbers=key_numbers(run),
+        sanity=sanity(run),
+        alarms=alarms(run),
         sections=drawn,
         comparison=compare(run.mismatch),
         compare_after=titles.index("Mismatch") if "Mismatch" in titles else len(titles) - 1,

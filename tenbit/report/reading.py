@@ -29,6 +29,7 @@ class Run:
     total_steps: int | None = None
     folder: Path = Path()
     alarms: list[Row] | None = None  # None: nobody watched this run
+    sanity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -87,6 +88,7 @@ def read_run(folder: Path) -> Run:
         total_steps=steps,
         folder=folder,
         alarms=read_rows(alarms) if alarms else None,
+        sanity=_json(folder / "sanity.json", dict),
     )
 
 
