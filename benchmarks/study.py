@@ -24,7 +24,7 @@ from typing import Any
 
 from common import RESULTS, write
 
-from tenbit.outcome import Outcome, extreme, judge
+from tenbit.outcome import Outcome, extreme, outcome_of
 from tenbit.report.many_curves import interval
 from tenbit.runlog import read_rows, write_atomic
 from tenbit.signals import LEVELS
@@ -40,10 +40,18 @@ PARTS: dict[str, list[str]] = {
     "builtin": ["--precision", "fp16,bf16", "--algorithm", ",".join(ALGORITHMS)],
     "pairs": ["--precision", "bf16/fp16,bf16/fp32", "--algorithm", "grpo"],
     "vllm": ["rollout.engine=vllm", "--precision", "fp16,bf16", "--algorithm", "grpo"],
-    "overdriven": ["optim.lr=2e-4", "steps=90", "--precision", "fp16,bf16", "--algorithm", "grpo"],  # what a collapse looks like
+    "overdriven": [
+        "optim.lr=2e-4",
+        "steps=90",
+        "--precision",
+        "fp16,bf16",
+        "--algorithm",
+        "grpo",
+    ],  # what a collapse looks like
     "long": ["steps=180", "--precision", "fp16,bf16", "--algorithm", "pg-is,grpo"],
     "coarse": ["--precision", "fp16/fp16~1", "--algorithm", "grpo"],  # the mismatch of a large model
 }
+PILOTS = "pilots"  # short runs on seeds 100 and 101 that settings were chosen on; not in any figure
 PRECISIONS = ("fp16", "bf16", "bf16/fp16", "bf16/fp32", "fp16/fp16~1")
 KEPT = ("recipe.toml", "summary.json", "alarms.jsonl")
 
@@ -56,7 +64,7 @@ class Cell:
     @classmethod
     def read(cls, folder: Path) -> Cell:
         rows = [r for r in read_rows(next(folder.glob("metrics.jsonl*"))) if r.get("train/accuracy") is not None]
-        return cls(rows, judge(rows))
+        return cls(rows, outcome_of(folder))
 
     @property
     def accuracy(self) -> float:
@@ -205,7 +213,7 @@ def run(out: Path) -> None:
 
 def pack(source: Path) -> None:
     """Run folders -> results/study: metrics with six digits, compressed; the same runs give the same bytes."""
-    for name in PARTS:
+    for name in (*PARTS, PILOTS):
         for file in sorted((source / name).glob("*/metrics.jsonl")):
             folder = STUDY / name / file.parent.name
             folder.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,12 @@ def read_rows(path: Path) -> list[Row]:
     return [row for _, row in _lines(path)]
 
 
+def rows_file(folder: Path, name: str) -> Path | None:
+    """The file of a run folder that holds these rows, compressed or not; the plain one is the newer where both are."""
+    files = (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz")
+    return next((file for file in files if file.is_file()), None)
+
+
 def cut_back(path: Path, step: int) -> None:
     """Removes, atomically, the rows after `step` and a torn last line. The rows that stay keep their bytes."""
     if not path.exists():

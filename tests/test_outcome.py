@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from statistics import fmean
 
 import pytest
 
-from tenbit.outcome import FALL, PASS, extreme, judge, smoothed
+from tenbit.outcome import FALL, PASS, SHORTEST, extreme, judge, outcome_of, smoothed
 
 
 def curve(values, **more):
@@ -70,6 +72,8 @@ def test_gradients_that_stop_being_numbers_are_a_collapse():
     for row in rows[80:]:
         row["optim/grad_norm"] = None
     assert (judge(rows, 100).kind, judge(rows, 100).collapsed_at) == ("collapsed", 81)
+    assert judge(rows[:84], 84).kind == "failed"  # four in a row are not five
+    assert judge(rows[:85], 85).kind == "collapsed"
     rows[40]["optim/grad_norm"] = None  # a single skipped step is none
     assert judge(rows[:80], 80).kind == "failed"
 
@@ -89,6 +93,54 @@ def test_an_unfinished_run_is_running_unless_it_has_collapsed():
     assert judge(curve([*[0.9] * 40, *[0.1] * 40]), 100).kind == "collapsed"
     assert judge([], 10).kind == "running"
     assert judge([{"step": 0, "eval/x/avg@2": 0.5}], 10).kind == "running"
+    assert judge([{"step": 0, "eval/x/avg@2": 0.5}]).kind == "failed"
+
+
+def test_a_few_steps_cannot_pass():
+    assert judge(curve([1.0] * (SHORTEST - 1))).kind == "failed"
+    assert judge(curve([1.0] * SHORTEST)).kind == "passed"
+
+
+def test_exactly_95_percent_is_not_above_it_whatever_came_before():
+    for seed in range(50):
+        assert judge(curve(noisy([0.7] * 100, seed) + [0.95] * 20)).kind == "failed"
+
+
+def test_the_noise_of_small_steps_is_no_collapse():
+    """Flat runs: n right answers of 12 by chance. A fall must be larger than such noise explains."""
+    for seed in range(100):
+        rng = random.Random(seed)
+        flat = [sum(rng.random() < 0.5 for _ in range(12)) / 12 for _ in range(60)]
+        assert judge(curve(flat), 60).kind == "failed", seed
+        assert all(judge(curve(flat[:n]), 60).kind == "running" for n in range(5, 60, 5)), seed
+
+
+def test_a_fall_that_has_not_lasted_a_window_is_not_for_good_yet():
+    values = [*ramp(0.5, 0.9, 100), *[0.2] * 30]
+    fell = judge(curve(values), 200).collapsed_at
+    assert judge(curve(values[: fell + 10]), 200).kind == "running"
+
+
+def test_what_an_alarm_ended_is_stopped_and_never_passes():
+    found = judge(curve([0.99] * 50), 100, "the mismatch grew")
+    assert found.kind == "stopped"
+    assert "the mismatch grew" in found.reason
+    assert judge(curve([*[0.9] * 40, *[0.1] * 40]), 100, "the mismatch grew").kind == "collapsed"
+
+
+def test_a_folder_is_judged_by_its_summary_and_its_recipe(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in curve([0.99] * 50))
+    (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert outcome_of(tmp_path).kind == "passed"  # nothing says that it is to go on
+    (tmp_path / "recipe.toml").write_text("steps = 100\n")
+    assert outcome_of(tmp_path).kind == "running"
+    (tmp_path / "summary.json").write_text('{"steps": 50, "stopped": {"reason": "too far apart"}}')
+    assert outcome_of(tmp_path).kind == "stopped"
+    (tmp_path / "summary.json").write_text('{"steps": 50}')
+    assert outcome_of(tmp_path).kind == "passed"
+    (tmp_path / "summary.json").write_text('{"steps":')
+    with pytest.raises(ValueError, match=r"summary.json.*Remove"):
+        outcome_of(tmp_path)
 
 
 def test_extreme_is_the_larger_end():

@@ -27,11 +27,11 @@ from tenbit.report.chart import draw
 from tenbit.report.compare import compare
 from tenbit.report.figures import sections
 from tenbit.report.judged import alarms, sanity
-from tenbit.report.reading import Run, read_run, rows_file
+from tenbit.report.reading import Run, read_run
 from tenbit.report.template import HERE, style, template
 from tenbit.report.verdict import key_numbers, verdict
 from tenbit.report.words import number, whole
-from tenbit.runlog import Row, write_atomic
+from tenbit.runlog import Row, rows_file, write_atomic
 
 _UNKNOWN: Row = {key: "–" for key in ("problem", "prompt", "response", "reward", "length", "finish")}
 

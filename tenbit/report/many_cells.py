@@ -21,9 +21,10 @@ from typing import Any
 
 from tenbit.algorithms import ALGORITHMS
 from tenbit.folder import MAY_CHANGE, flat
-from tenbit.outcome import Outcome, judge
+from tenbit.outcome import Outcome, judge, stopped_by
 from tenbit.recipe import Recipe
-from tenbit.report.reading import Run, read_run, rows_file
+from tenbit.report.reading import Run, read_run
+from tenbit.runlog import rows_file
 
 UNSET = "–"  # a key that a recipe does not have
 PRECISIONS = ("bf16", "fp16", "fp32")  # the order in which they are named
@@ -52,7 +53,7 @@ class Member:
             with contextlib.suppress(ValueError):
                 recipe = Recipe.of(tree)
                 tree, precision = recipe.tree(), recipe.precision.name
-        outcome = judge(run.rows, None if run.finished else run.total_steps)
+        outcome = judge(run.rows, None if run.finished else run.total_steps, stopped_by(run.summary))
         return cls(run, flat(tree), precision, outcome)
 
     @property

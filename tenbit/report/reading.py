@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenbit.runlog import Row, read_mismatch, read_rows
+from tenbit.runlog import Row, read_mismatch, read_rows, rows_file
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,6 @@ def read_run(folder: Path) -> Run:
         alarms=read_rows(alarms) if alarms else None,
         sanity=_json(folder / "sanity.json", dict),
     )
-
-
-def rows_file(folder: Path, name: str) -> Path | None:
-    """The file of a run folder that holds these rows, compressed or not; the plain one is the newer where both are."""
-    files = (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz")
-    return next((file for file in files if file.is_file()), None)
 
 
 def _text(path: Path) -> str:

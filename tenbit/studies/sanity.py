@@ -25,13 +25,13 @@ from rich.text import Text
 
 from tenbit.console import default_console
 from tenbit.loop import Halted, train
-from tenbit.outcome import Outcome, extreme, judge
+from tenbit.outcome import WINDOW, Outcome, extreme, outcome_of
 from tenbit.recipe import Recipe
 from tenbit.report import write_report
-from tenbit.runlog import read_rows, write_atomic
+from tenbit.runlog import read_rows, rows_file, write_atomic
 
 FILE = "sanity.json"
-STYLES = {"passed": "bold green", "failed": "bold yellow", "collapsed": "bold red", "running": "bold"}
+STYLES = {"passed": "bold green", "failed": "bold yellow", "collapsed": "bold red"}
 
 
 def sanity_command(recipe: Path, overrides: Sequence[str], out: Path | None, resume: bool) -> Outcome:
@@ -59,23 +59,26 @@ def sanity_command(recipe: Path, overrides: Sequence[str], out: Path | None, res
 
 def examine(folder: Path) -> tuple[Outcome, dict[str, Any]]:
     """A run's outcome, and what its mismatch did. Raises ValueError if there is no run."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl here. Name a recipe (.toml), or a run folder")
-    recipe = folder / "recipe.toml"
-    rows = read_rows(metrics)
-    ended = (folder / "summary.json").is_file()  # early, if an alarm stopped it
-    outcome = judge(rows, Recipe.load(recipe).steps if recipe.is_file() and not ended else None)
-    return outcome, evidence(rows, outcome)
+    metrics = rows_file(folder, "metrics")
+    if metrics is None:
+        cells = sorted(file.parent.name for file in folder.glob("*/metrics.jsonl*"))
+        there = f". There are runs in it: {', '.join(cells[:3])}, ..." if cells else ""
+        raise ValueError(f"{folder}: no metrics.jsonl here. Name a recipe (.toml), or one run folder{there}")
+    outcome = outcome_of(folder)
+    return outcome, evidence(read_rows(metrics), outcome)
 
 
 def evidence(rows: Sequence[Mapping[str, Any]], outcome: Outcome) -> dict[str, Any]:
-    """The mismatch at the start, at the peak of accuracy and at the end (of a collapse: at its step); medians of up to
-    20 steps. `prob_diff` is the largest |pi - mu| of the run and its step."""
+    """The mismatch at the start, at the peak of accuracy and at the end (of a collapse: at its step); medians of the 20
+    steps up to there. `prob_diff` is the largest |pi - mu| of the run and its step."""
     steps = [row for row in rows if row.get("train/accuracy") is not None]
     if not steps:
         return {}
-    places = {"start": steps[0]["step"] + 19, "peak": outcome.peak_step, "end": outcome.collapsed_at or outcome.steps}
+    places = {
+        "start": steps[0]["step"] + WINDOW - 1,
+        "peak": outcome.peak_step,
+        "end": outcome.collapsed_at or outcome.steps,
+    }
     found: dict[str, Any] = {}
     for name, key in (("kl_k3", "mismatch/kl_k3"), ("entropy", "policy/entropy"), ("grad_norm", "optim/grad_norm")):
         at = {place: _median(steps, key, step) for place, step in places.items() if step is not None}
@@ -89,15 +92,15 @@ def evidence(rows: Sequence[Mapping[str, Any]], outcome: Outcome) -> dict[str, A
 
 
 def _median(steps: Sequence[Mapping[str, Any]], key: str, last: int) -> float | None:
-    """Of the 20 steps up to `last`."""
-    known = [row[key] for row in steps if last - 20 < row["step"] <= last and row.get(key) is not None]
+    """Of the `WINDOW` steps up to `last`."""
+    known = [row[key] for row in steps if last - WINDOW < row["step"] <= last and row.get(key) is not None]
     return median(known) if known else None
 
 
 def show(outcome: Outcome, found: Mapping[str, Any], console: Console) -> None:
     """The verdict, and what speaks for it."""
     console.print()
-    console.print(Text.assemble((outcome.kind.upper(), STYLES[outcome.kind]), f"  {outcome.reason}"))
+    console.print(Text.assemble((outcome.kind.upper(), STYLES.get(outcome.kind, "bold")), f"  {outcome.reason}"))
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tenbit.keys import override
-from tenbit.outcome import Outcome, judge
+from tenbit.outcome import Outcome, judge, outcome_of
 from tenbit.recipe import Recipe
 from tenbit.runlog import default_console, read_rows
 from tenbit.signals import LEVELS
@@ -64,7 +64,8 @@ def watched(run: Path, overrides: Sequence[str] = ()) -> Watched:
         raise ValueError(f"{file}: holds no step yet")
     recipe, steps = _recipe(file.parent / "recipe.toml", overrides)
     spec = recipe.watch.model_copy(update={"enabled": True})
-    return Watched(str(run), judge(rows, steps), replay(rows, spec))
+    outcome = outcome_of(run) if run.is_dir() else judge(rows, steps)
+    return Watched(str(run), outcome, replay(rows, spec))
 
 
 def _recipe(file: Path, overrides: Sequence[str]) -> tuple[Recipe, int | None]:
