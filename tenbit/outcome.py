@@ -1,10 +1,10 @@
 """What became of a run, read off its metrics: the verdict of the paper's sanity test (section 4.1).
 
-    outcome_of(Path("runs/mine")) -> Outcome("collapsed", accuracy=0.31, peak=0.84, peak_step=120, collapsed_at=171, ...)
+    outcome_of(Path("runs/mine"))       Outcome("collapsed", accuracy=0.31, peak=0.84, peak_step=120, collapsed_at=171)
 
-**passed**: training accuracy converged above 95%. **collapsed**: it fell from its peak and stayed down, or its gradients
-stopped being numbers. **failed**: neither. **running**: not finished, and not collapsed so far. **stopped**: ended early
-by an alarm (`watch.act = "stop"`), and not collapsed so far.
+**passed**: training accuracy converged above 95%. **collapsed**: it fell from its peak and stayed down, or its
+gradients stopped being numbers. **failed**: neither. **running**: not finished, and not collapsed so far. **stopped**:
+ended early by an alarm (`watch.act = "stop"`), and not collapsed so far.
 
 A step's accuracy is that of its own few problems, and noisy. So everything is judged on means over a window of steps,
 and a fall counts that is larger than `FALL` and than what the noise between steps explains, and that lasts a window.
@@ -12,6 +12,7 @@ and a fall counts that is larger than `FALL` and than what the noise between ste
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tomllib
@@ -25,7 +26,7 @@ from tenbit.runlog import read_rows, rows_file
 
 PASS = 0.95  # section 4.1: training accuracy converges above 95%
 FALL = 0.15  # a collapse: so far below the peak, of accuracy 0 to 1 ...
-SURE = 4.0  # ... and at least so many standard errors of a difference of two windows
+SURE = 5.0  # ... and at least so many standard errors of a difference of two windows
 WINDOW, SHORTEST = 20, 5  # steps in a mean: a sixth of the run, within these
 BROKEN = 5  # steps in a row, up to the last, whose gradients are not finite
 
@@ -137,7 +138,7 @@ def _finite(value: Any) -> bool:
 
 def _noise(values: Sequence[float]) -> float:
     """Standard deviation of a step's accuracy around its trend, from the differences of neighbours."""
-    return pstdev([b - a for a, b in zip(values, values[1:], strict=False)]) / math.sqrt(2) if len(values) > 1 else 0.0
+    return pstdev([b - a for a, b in itertools.pairwise(values)]) / math.sqrt(2) if len(values) > 1 else 0.0
 
 
 def _fell_for_good(curve: Sequence[float], top: int, fall: float, window: int) -> int | None:
