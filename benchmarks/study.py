@@ -28,7 +28,7 @@ from tenbit.outcome import Outcome, extreme, outcome_of
 from tenbit.report.many_curves import interval
 from tenbit.runlog import read_rows, write_atomic
 from tenbit.signals import LEVELS
-from tenbit.studies.ablation import cell_name
+from tenbit.studies.ablation_grid import cell_name
 from tenbit.studies.watching import watched
 
 STUDY = RESULTS / "study"

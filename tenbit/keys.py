@@ -12,13 +12,14 @@ from pydantic import BaseModel
 
 def one_of(key: str, name: str, known: dict[str, Any]) -> str:
     if name not in known:
-        raise ValueError(f"{key} = {name!r} is not known{near(name, known)}. There are: {', '.join(known)}")
+        raise ValueError(f"{key} = {name!r} is not known{near(name, known)}There are: {', '.join(known)}")
     return name
 
 
 def near(name: str, known: Any) -> str:
+    """How a sentence about a wrong name ends, before the next one: with the name that may have been meant, if any."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}? " if close else ". "
 
 
 def override(tree: dict[str, Any], item: str) -> None:
@@ -47,7 +48,7 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         *section, key = error["loc"]
-        return f"there is no key {where!r}{near(str(key), keys_of(root, section))}. Remove or correct it"
+        return f"there is no key {where!r}{near(str(key), keys_of(root, section))}Remove or correct it"
     if error["type"] == "missing":
         return f"the key {where!r} is missing. Add it"
     message = error["msg"].removeprefix("Value error, ")

@@ -16,7 +16,8 @@ from test_loop import recipe, rows
 
 from tenbit import train
 from tenbit.precision import Precision
-from tenbit.studies.ablation import make_grid
+from tenbit.studies import ablation_run
+from tenbit.studies.ablation_grid import make_grid
 from tenbit.studies.ablation_run import Job, run_jobs, side_by_side
 
 GRID = ("--precision", "fp16,bf16/fp32", "--algorithm", "grpo,pg-is", "--seeds", "1")
@@ -46,6 +47,7 @@ def test_the_grid_has_every_cell_once_with_equal_seeds(small):
         (p, a, s) for p in ("fp16", "bf16", "bf16/fp16") for a in ("pg-is", "grpo") for s in (4, 5)
     }
     assert [c.seed for c in grid(small(), seeds="7,3")] == [3, 7]
+    assert [c.seed for c in grid(small(), seeds="7,")] == [7]
 
 
 def test_only_what_the_grid_varies_differs_between_cells(small):
@@ -56,6 +58,11 @@ def test_only_what_the_grid_varies_differs_between_cells(small):
 
 def test_a_recipes_plan_keeps_what_is_not_a_format(small):
     plan = {"preset": "fp16", "head": "fp32", "reduce": "fp16", "loss_scale": {"initial": 1024.0}}
+    coarse = {"preset": "fp16", "rollout_bits": 4, "sync": "fp32"}
+    found = [c.recipe.precision for c in grid(small(precision=coarse), ["fp16", "bf16", "fp16/fp16~2"])]
+    assert [(p.name, p.sync.value) for p in found] == [
+        ("fp16/fp16~4", "fp32"), ("bf16/bf16~4", "fp32"), ("fp16/fp16~2", "fp32"),
+    ]  # fmt: skip
     fp16, bf16 = (c.recipe.precision for c in grid(small(precision=plan), ["fp16", "bf16/fp32"]))
     assert fp16 == Precision.parse(plan)
     assert bf16 == Precision.parse({"preset": "bf16/fp32", "head": "fp32", "reduce": "bf16"})
@@ -75,7 +82,14 @@ def test_algorithm_keys_belong_to_the_recipes_own_algorithm(small):
         (("--precision", "fp16,fp16/fp16"), ("--precision", "twice")),
         (("--algorithm", "grop"), ("--algorithm", "did you mean 'grpo'")),
         (("--seeds", "many"), ("--seeds many",)),
-        (("--seeds", "0"), ("--seeds 0",)),
+        (("--seeds", "0"), ("--seeds 0", "7,")),
+        (("--seeds", "7,7"), ("--seeds", "twice")),
+        (("--precision", "FP16"), ("--precision FP16", "no format")),
+        (("--algorithm", "gspo", "algorithm.advantage=group-mean"), ("algorithm.advantage", "--algorithm")),
+        (("--algorithm", "gspo", "algorithm.name=grpo"), ("algorithm.name", "--algorithm")),
+        (("--precision", "fp16", "precision=bf16"), ("precision=bf16", "--precision")),
+        (("task.data=nothere.jsonl",), ("nothere.jsonl",)),
+        (("--ranks", "1000"), ("--ranks 1000",)),
         (("--jobs", "0"), ("--jobs 0",)),
         (("--ranks", "0"), ("--ranks 0",)),
         (("--algorithm", "dapo", "rollout.samples=1"), ("rollout.samples",)),
@@ -83,7 +97,7 @@ def test_algorithm_keys_belong_to_the_recipes_own_algorithm(small):
 )
 def test_bad_options_are_refused_before_anything_runs(small, tmp_path, options, words):
     refused(tenbit("ablate", str(small()), *options, "--out", "a", cwd=tmp_path), *words)
-    assert not list(tmp_path.glob("a/*/metrics.jsonl"))
+    assert not (tmp_path / "a").exists()
 
 
 def test_an_ablation_is_the_runs_it_names_and_ends_in_one_report(small, tmp_path):
@@ -101,7 +115,7 @@ def test_an_ablation_is_the_runs_it_names_and_ends_in_one_report(small, tmp_path
     page = (tmp_path / "abl/report.html").read_text()
     assert all(name in page for name in ("grpo", "pg-is", "bf16/fp32"))
     again = tenbit("ablate", str(small()), *GRID, "--out", "abl", cwd=tmp_path)
-    assert "4 of them finished" in again.stdout
+    assert "4 finished" in again.stdout
 
 
 def test_equal_seeds_see_equal_problems_in_equal_order(small, tmp_path):
@@ -118,24 +132,66 @@ def test_equal_seeds_see_equal_problems_in_equal_order(small, tmp_path):
 def test_another_recipe_in_the_same_folder_is_refused(small, tmp_path):
     options = ("--seeds", "1", "--out", "abl")
     assert tenbit("ablate", str(small()), *options, cwd=tmp_path).returncode == 0
-    refused(tenbit("ablate", str(small(optim__lr=5e-4)), *options, cwd=tmp_path), "optim.lr", "another --out")
+    kept = {p: p.read_bytes() for p in (tmp_path / "abl").rglob("*") if p.is_file()}
+    refused(tenbit("ablate", str(small(optim__lr=5e-4)), *options, cwd=tmp_path), "optim.lr", "another folder")
+    other = ("--precision", "fp16", "--seeds", "5,", "--out", "abl")  # a new cell, and of another recipe
+    refused(tenbit("ablate", str(small(optim__lr=5e-4)), *other, cwd=tmp_path), "optim.lr", "another folder")
+    refused(tenbit("ablate", str(small(steps=2)), *options, cwd=tmp_path), "3 steps are done")
+    assert {p: p.read_bytes() for p in (tmp_path / "abl").rglob("*") if p.is_file()} == kept
     longer = tenbit("ablate", str(small(steps=4)), *options, cwd=tmp_path)
     assert longer.returncode == 0
     assert len(rows(tmp_path / "abl" / "pg-is-fp32-seed0")) == 4
 
 
+def test_more_cells_join_the_grid_and_its_report(small, tmp_path):
+    for precision in ("fp16", "fp32"):
+        done = tenbit("ablate", str(small()), "--precision", precision, "--seeds", "1", "--out", "abl", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert list(json.loads((tmp_path / "abl/ablation.json").read_text())) == ["pg-is-fp16-seed0", "pg-is-fp32-seed0"]
+    assert {c["precision"] for c in json.loads((tmp_path / "abl/report.json").read_text())["cells"]} == {"fp16", "fp32"}
+
+
+def test_a_folder_with_something_else_in_it_is_refused(small, tmp_path):
+    run = train(grid(small())[0].recipe, tmp_path / "run")
+    refused(tenbit("ablate", str(small()), "--seeds", "1", "--out", "run", cwd=tmp_path), "--out run", "no ablation")
+    assert not (run / "ablation.json").exists()
+
+
+def test_gpus_are_shared_out_whole(monkeypatch):
+    monkeypatch.setattr(ablation_run, "_gpus", lambda: ["0", "1", "2", "3"])
+    assert side_by_side(None, 10, 1) == 4
+    assert side_by_side(None, 10, 2) == 2
+    seen = [ablation_run._environment(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
+    assert seen == ["0,1", "2,3"]
+    for jobs, ranks in ((2, 3), (1, 5), (3, 2)):
+        with pytest.raises(ValueError, match="GPU"):
+            side_by_side(jobs, 10, ranks)
+    assert ablation_run._environment(5, 8, 1)["CUDA_VISIBLE_DEVICES"] == "1"  # more runs than GPUs share them
+
+
 def test_a_cell_that_fails_is_named_with_its_cause_and_takes_no_other_with_it(small, tmp_path):
-    cells = grid(small(), ["fp16", "fp32"])
-    blocked = tmp_path / "abl" / cells[0].name
-    blocked.parent.mkdir()
-    (tmp_path / "abl" / "logs").mkdir()
+    first, second, third = (c.name for c in grid(small(), ["fp16", "fp32", "bf16"]))
+    options = (str(small()), "--seeds", "1", "--out", "abl", "--precision")
+    assert tenbit("ablate", *options, "fp16", cwd=tmp_path).returncode == 0
+    blocked = tmp_path / "abl" / second
     blocked.mkdir()
     (blocked / "notes.txt").write_text("not a run")
-    done = tenbit("ablate", str(small()), "--precision", "fp16,fp32", "--seeds", "1", "--out", "abl", cwd=tmp_path)
+    done = tenbit("ablate", *options, "fp16,fp32,bf16", cwd=tmp_path)
     assert done.returncode == 1
-    assert "pg-is-fp16-seed0" in done.stdout
-    assert "holds no run to resume" in done.stdout.replace("\n", " ")
-    assert len(rows(tmp_path / "abl" / cells[1].name)) == 3
+    said = done.stdout.replace("\n", " ")
+    assert f"failed    {second}" in said
+    assert "holds no run to resume" in said
+    assert len(rows(tmp_path / "abl" / first)) == len(rows(tmp_path / "abl" / third)) == 3
+
+
+def test_a_paused_cell_says_why_and_goes_on(small, tmp_path):
+    alarm = ["watch.act=pause", "watch.warmup=2", "watch.window=3", "watch.gap={note=1e-12,warn=2e-12,act=3e-12}"]
+    options = (str(small(precision="fp16", steps=8)), *alarm, "--seeds", "1", "--out", "abl")
+    first = tenbit("ablate", *options, cwd=tmp_path)
+    assert first.returncode == 1
+    assert "paused by an alarm at step" in first.stdout
+    again = tenbit("ablate", *options, cwd=tmp_path)
+    assert again.returncode == 0, again.stdout
 
 
 def slow(small) -> Path:
@@ -185,10 +241,8 @@ def test_an_ablation_that_is_stopped_stops_its_runs_and_goes_on(small, tmp_path,
     process.send_signal(how)
     process.communicate(timeout=90)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    wait_for(lambda: not any(running_in(f) for f in folders))  # no orphan goes on
-    before = [lines(tmp_path / f) for f in folders]
-    assert all(7 <= n < 40 for n in before)
-    again = start(slow(small), tmp_path)
+    again = start(slow(small), tmp_path)  # at once: after a kill the runs may still be saving, and are waited for
+    wait_for(lambda: all("resumes after step" in log.read_text() for log in (tmp_path / "abl/logs").iterdir()))
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     assert rows(tmp_path / folders[0]) == rows(train(cells[0].recipe, tmp_path / "alone"))
@@ -209,7 +263,7 @@ def test_a_cell_killed_by_sigkill_is_said_and_goes_on_with_the_same_command(smal
     again = start(slow(small), tmp_path)
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
-    assert "1 of them finished" in output
+    assert "1 finished" in output
     assert rows(tmp_path / folder) == rows(train(cells[1].recipe, tmp_path / "alone"))
 
 
@@ -227,7 +281,7 @@ def test_a_cell_of_two_ranks_is_the_run_of_one(small, tmp_path):
 def test_side_by_side_is_what_there_is_room_for():
     assert side_by_side(3, 10) == 3
     assert side_by_side(8, 2) == 2
-    assert 1 <= side_by_side(None, 100) <= (os.cpu_count() or 1)
+    assert side_by_side(None, 100) == min(ablation_run.cores(), int(ablation_run._free_gib() / ablation_run.GIB_A_RUN))
 
 
 def test_finished_runs_are_not_started(tmp_path):
@@ -295,7 +349,7 @@ def test_an_alarm_that_stops_a_cell_finishes_it(small, tmp_path):
     for _ in range(2):
         done = tenbit("ablate", str(small(precision="fp16", steps=8)), *options, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 of them finished" in done.stdout
+    assert "1 finished" in done.stdout
 
 
 def test_sanity_refuses_what_is_no_run(tmp_path):

@@ -629,7 +629,12 @@ def test_evaluate_samples_as_the_recipe_says_and_keeps_the_time(settings):
         ("builtin --data bad.jsonl", ["bad.jsonl:1", "answer"]),
         ("builtin --data arithmetic_test --samples 0", ["--samples = 0", "greater than or equal to 1"]),
         ("builtin --data arithmetic_test --engine sglang", ["--engine = 'sglang'", "'torch', 'vllm' or 'ray'"]),
-        ("builtin --data arithmetic_test --precision int4", ["precision 'int4'", "fp16"]),
+        ("builtin --data arithmetic_test --precision int4", ["tenbit evaluate: --precision 'int4'", "fp16"]),
+        ("builtin --data arithmetic_test --seed -1", ["tenbit evaluate: --seed = -1"]),
+        ("builtin --data arithmetic_test eval.max_tokens=3", ["'eval.max_tokens=3'", "Write --max-tokens"]),
+        ("builtin --data arithmetic_test rollout.max_tokens=3", ["'rollout.max_tokens=3'", "Write --max-tokens"]),
+        ("builtin --data arithmetic_test rollout.samples=3", ["Write --samples"]),
+        ("builtin --data arithmetic_test task.data=x", ["Write --data"]),
         ("builtin --data arithmetic_test --max-tokens 0", ["--max-tokens 0", "positive"]),
         ("builtin --data arithmetic_test --max-tokens 8192,32768", ["context of 1024", "Lower --max-tokens to"]),
         ("builtin --data long.jsonl", ["long.jsonl:1", "context of 1024", "Remove the problem"]),
@@ -659,6 +664,34 @@ def test_bad_input_is_one_message_with_the_remedy(tmp_path, arguments, words):
     before = sorted(tmp_path.rglob("*"))
     refused(tenbit("evaluate", *shlex.split(arguments), cwd=tmp_path), *words)
     assert [p for p in sorted(tmp_path.rglob("*")) if p.name != ".lock"] == before
+
+
+def test_a_grader_that_fails_on_most_stops_the_evaluation(tmp_path):
+    """A score of 0 would say that the model is bad. Mended, it goes on."""
+    (tmp_path / "own.py").write_text("def reward(problem, text):\n    raise KeyError('gold_answer')\n")
+    given = ["builtin", "--data", "arithmetic_test", "--limit", "3", "--samples", "2", "--max-tokens", "4"]
+    given += ["--grader", "own.py:reward", "--out", "x"]
+    failed = tenbit("evaluate", *given, cwd=tmp_path)
+    refused(failed, "--grader own.py:reward", "6 of 6 gradings failed", "KeyError", "gold_answer", "--resume")
+    assert (tmp_path / "x" / "problems.jsonl").read_bytes() == b""
+    (tmp_path / "own.py").write_text("def reward(problem, text):\n    return 1.0\n")
+    assert tenbit("evaluate", *given, "--resume", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "x" / "evaluation.json").read_text())["results"]
+
+
+def test_the_folder_is_looked_at_again_under_the_lock(tmp_path, monkeypatch):
+    """Another process that wrote while this one loaded the model: its rows are not taken for this evaluation's."""
+    own = evaluation.open_grader
+
+    def late(*arguments, **options):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "problems.jsonl").write_text("another's\n")
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "open_grader", late)
+    given = ["--data", "arithmetic_test", "--limit", "1", "--samples", "1", "--max-tokens", "4", "--out", "x"]
+    refused(tenbit("evaluate", "builtin", *given, cwd=tmp_path), "not empty")
+    assert (tmp_path / "x" / "problems.jsonl").read_text() == "another's\n"
 
 
 def test_an_engine_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):

@@ -142,6 +142,38 @@ def stops(rule: Rule, least: int, p: float) -> dict[tuple[int, int], float]:
     return out
 
 
+def most_rounds(rule: Rule, least: int) -> int:
+    """Of a problem, whatever its responses are."""
+
+    def after(n: int, c: int) -> int:
+        if rule.settled(n, c):
+            return 0
+        m = rule.more(n, c, least)
+        return 1 + max(after(n + m, c + k) for k in range(m + 1))
+
+    return after(0, 0)
+
+
+def test_the_documents_table_of_rounds():
+    """What stopping saves, of every sequence there is; p spread evenly is integrated by the midpoint rule."""
+    rule = Rule.of(40, 0.2, 0.8)
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+)% \| ([\d.]+)% \| (\d+) \|$", PAGE, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 4, 8]
+    lines = (arithmetic.DATA / "arithmetic_perfectible.jsonl").read_text().splitlines()
+    shipped = [json.loads(line)["initial_accuracy"] for line in lines]
+    count, mean = re.findall(r"built-in set \((\d+) problems, (\d+)% on\s+average\)", PAGE)[0]
+    assert (int(count), int(mean)) == (len(shipped), round(100 * sum(shipped) / len(shipped)))
+    for least, built_in, even, rounds in ((int(a), float(b), float(c), int(d)) for a, b, c, d in rows):
+
+        def saved(chances: list[float], least: int = least) -> float:
+            sampled = {p: sum(w * n for (n, _), w in stops(rule, least, p).items()) for p in set(chances)}
+            return 100 - 100 * sum(sampled[p] for p in chances) / (40 * len(chances))
+
+        assert saved(shipped) == pytest.approx(built_in, abs=0.051)
+        assert saved([(i + 0.5) / 100 for i in range(100)]) == pytest.approx(even, abs=0.06)
+        assert most_rounds(rule, least) == rounds
+
+
 def test_the_documents_table_of_the_bias():
     """The page says how far the accuracy of a stopped problem is off, and what stopping saves."""
     rule = Rule.of(40, 0.2, 0.8)
@@ -448,13 +480,104 @@ def test_a_second_process_is_kept_out(done):
         perfectible.run(plan(), done / "mine.jsonl", resume=True, console=QUIET)
 
 
+def test_what_is_checked_is_checked_under_the_lock(done, tmp_path, monkeypatch):
+    """Else another process could write between the check and the lock, and its rows would be taken for this run's."""
+    from tenbit.folder import locked
+
+    checked = []
+
+    def probed(what):
+        own = getattr(perfectible, what)
+
+        def check(*arguments):
+            with pytest.raises(ValueError, match="another process"), locked(tmp_path, ".mine.lock"):
+                pass
+            checked.append(what)
+            return own(*arguments)
+
+        monkeypatch.setattr(perfectible, what, check)
+
+    for name in NAMES:
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    probed("refuse_taken")
+    probed("check_settings")
+    perfectible.run(plan(), tmp_path / "mine.jsonl", resume=True, console=QUIET)
+    assert checked == ["refuse_taken", "check_settings"]
+    assert contents(tmp_path) == contents(done)
+    with locked(tmp_path, ".mine.lock"), pytest.raises(ValueError, match="another process is running"):
+        perfectible.run(plan(), tmp_path / "mine.jsonl", console=QUIET)  # not "exists already": it may be half written
+
+
+# --- a grader that fails
+
+GRADER = """
+def never(problem, text):
+    raise KeyError("gold_answer")
+
+def mostly(problem, text):
+    if problem.id.endswith((":1", ":2", ":3")):
+        return never(problem, text)
+    return float(len(text) % 2)
+
+def once(problem, text):
+    if problem.id.endswith(":2"):
+        return never(problem, text)
+    return float(len(text) % 2)
+"""
+
+
+def grading_with(name: str, folder: Path, **changes):
+    (folder / "own.py").write_text(GRADER)
+    return plan(grader=f"{folder}/own.py:{name}", max_tokens=4, limit=4, low=0.0, high=1.0, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("never", {}), ("never", {"chunk": 1}), ("never", {"limit": 1}), ("mostly", {}), ("mostly", {"full": True})],
+)
+def test_a_grader_that_fails_on_most_stops_the_run(tmp_path, name, changes):
+    """It is no news about the problems. What is mended goes on with --resume, as if it had never failed."""
+    wanted = grading_with(name, tmp_path, **changes)
+    out = tmp_path / "out" / "mine.jsonl"
+    with pytest.raises(ValueError, match=r"gradings failed, the first one with .*KeyError.*gold_answer") as stop:
+        perfectible.run(wanted, out, console=QUIET)
+    assert "--grader" in str(stop.value)
+    assert not out.exists()
+    if "chunk" not in changes:
+        assert (out.parent / "mine.all.jsonl").read_bytes() == b"", "no row rests on gradings that failed"
+        (tmp_path / "own.py").write_text("def %s(problem, text):\n    return 1.0\n" % name)
+        found = perfectible.run(wanted, out, resume=True, console=QUIET)
+        assert (found["accuracy"], found["grading_failed"]) == (1, 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_one_problem_that_cannot_be_graded_stops_nothing(tmp_path, chunk):
+    text = io.StringIO()
+    wanted = grading_with("once", tmp_path, chunk=chunk)
+    found = perfectible.run(wanted, tmp_path / "out" / "mine.jsonl", console=Console(file=text, width=200))
+    failed = [row["grading_failed"] for row in rows_of(tmp_path / "out")]
+    assert failed[1] > 0
+    assert failed == [0, failed[1], 0, 0]
+    assert found["grading_failed"] == failed[1]
+    assert f"{failed[1]} responses (" in text.getvalue()
+
+
+def test_no_easier_set_is_advised_where_the_grader_is_at_fault():
+    from tenbit.studies.perfectible_summary import remarks
+
+    summary = {"kept": 0, "cut": 0, "grading_failed": 9, "responses": {"sampled": 20}}
+    assert not any("easier" in remark for remark in remarks(summary))
+    assert any("9 responses (45.0%) could not be graded" in remark for remark in remarks(summary))
+    assert any("easier" in remark for remark in remarks(summary | {"grading_failed": 0}))
+
+
 def test_an_engine_that_cannot_start_leaves_nothing(tmp_path, monkeypatch):
     def fails(*_):
         raise ValueError("no room for the cache")
 
     monkeypatch.setattr(perfectible, "make_engine", fails)
     with pytest.raises(ValueError, match="no room"):
-        perfectible.run(plan(), tmp_path / "new" / "mine.jsonl", console=QUIET)
+        perfectible.run(plan(), tmp_path / "new" / "and" / "mine.jsonl", console=QUIET)
     assert not list(tmp_path.iterdir())
 
 
@@ -476,6 +599,18 @@ def test_an_engine_that_cannot_start_leaves_nothing(tmp_path, monkeypatch):
         ("--data arithmetic --out x.jsonl eval.samples=3", ["write --samples"]),
         ("--data arithmetic --out x.jsonl rollout.vlm.memory=1", ["did you mean 'vllm'"]),
         ("--data arithmetic --out file/x.jsonl", ["file/x.jsonl", "cannot be written"]),
+        ("--data arithmetic --out x.jsonl eval.max_tokens=3", ["'eval.max_tokens=3'", "not read", "Write --max-tokens"]),
+        ("--data arithmetic --out x.jsonl rollout.max_tokens=3", ["'rollout.max_tokens=3'", "Write --max-tokens"]),
+        ("--data arithmetic --out x.jsonl rollout.temperature=0.5", ["Write --temperature"]),
+        ("--data arithmetic --out x.jsonl task.limit=3", ["Write --limit"]),
+        ("--data arithmetic --out x.jsonl --temperature 0", ["--temperature 0", "the same", "positive"]),
+        ("--data arithmetic --out x.jsonl eval.temperature=0", ["--temperature 0", "the same"]),
+        ("--data arithmetic --out x.jsonl --limit 0", ["tenbit perfectible: --limit = 0"]),
+        ("--data arithmetic --out x.jsonl --seed -1", ["tenbit perfectible: --seed = -1"]),
+        ("--data arithmetic --out x.jsonl --precision int4", ["tenbit perfectible: --precision 'int4'", "fp16"]),
+        ("--data arithmetic --out .jsonl", ["--out .jsonl", "nothing is before .jsonl", "mine.jsonl"]),
+        ("--data arithmetic --out x.jsonl algorithm.name=grop", ["did you mean 'grpo'? There are: pg-is"]),
+        ("--data arithmetic --out x.jsonl task.grade_wrkers=3", ["did you mean 'grade_workers'? Remove or correct it"]),
     ],
 )
 def test_bad_input_is_one_message_with_the_remedy(tmp_path, arguments, words):

@@ -8,6 +8,7 @@ pointer, in all figures at once. Everything that came from a model, a data set o
 page's content-security policy allows that one script only.
 
     reading  the folder, as one value          axis, svg, chart   series -> drawing
+    target   where a page may lie
     figures  metrics -> figures, in sections   words, verdict     numbers and sentences
     compare  formats on the same weights       page.html.jinja    the page
 """
@@ -15,6 +16,7 @@ page's content-security policy allows that one script only.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from tenbit.report.compare import compare
 from tenbit.report.figures import sections
 from tenbit.report.judged import alarms, sanity
 from tenbit.report.reading import Run, read_run
+from tenbit.report.target import refuse_no_page, writing
 from tenbit.report.template import HERE, style, template
 from tenbit.report.verdict import key_numbers, verdict
 from tenbit.report.words import number, whole
@@ -39,13 +42,15 @@ _UNKNOWN: Row = {key: "–" for key in ("problem", "prompt", "response", "reward
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Writes ``report.html`` into the run folder, or `out`, and returns its path.
 
-    Works on a run in progress. Raises ValueError if the folder holds no run.
+    Works on a run in progress. Raises ValueError if the folder holds no run, or `out` cannot be a page.
     """
     folder = Path(folder)
-    page = render(read_run(folder))
     target = Path(out) if out is not None else folder / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(target, page.encode("utf-8", "replace"))
+    if out is not None:
+        refuse_no_page(target)
+    page = render(read_run(folder)).encode("utf-8", "replace")
+    with writing(target) if out is not None else contextlib.nullcontext():
+        write_atomic(target, page)
     return target
 
 

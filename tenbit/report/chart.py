@@ -37,6 +37,7 @@ class Series:
     show: Callable[[float], str] = number
     band: tuple[Values, Values] | None = None
     quiet: bool = False  # neither labelled nor read out: it only lies behind another series
+    of: Literal["mean", "largest", "smallest"] = "mean"  # what is drawn of steps that share a pixel
 
     @property
     def sparse(self) -> bool:
@@ -44,16 +45,20 @@ class Series:
         return self.style in ("points", "dashed")
 
     def thinned(self, most: int = MOST_POINTS) -> Series:
-        """Means over buckets of steps, with a band from the smallest value to the largest."""
+        """Means over buckets of steps, with a band from the smallest value to the largest; or their extremes alone."""
         if len(self.x) <= most or self.sparse:
             return self
         size = -(-len(self.x) // most)
         starts = range(0, len(self.x), size)
         cells = [[v for v in self.y[i : i + size] if v is not None] for i in starts]
         low, high = self.band or (self.y, self.y)
+        x = [self.x[min(i + size, len(self.x)) - 1] for i in starts]
+        if self.of != "mean":
+            pick = max if self.of == "largest" else min
+            return replace(self, x=x, y=[pick(c, default=None) for c in cells])
         return replace(
             self,
-            x=[self.x[min(i + size, len(self.x)) - 1] for i in starts],
+            x=x,
             y=[sum(c) / len(c) if c else None for c in cells],
             band=(
                 [min((v for v in low[i : i + size] if v is not None), default=None) for i in starts],
@@ -64,7 +69,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """Series over one vertical axis. `marks` are steps to cross out; `stacked` piles the series up."""
+    """Series over one vertical axis. `marks` are steps to cross out; `stacked` piles the series up. `unit` is what the
+    axis counts, for a figure that stands alone."""
 
     series: Sequence[Series]
     axis: Axis
@@ -72,6 +78,7 @@ class Panel:
     height: float = 128.0
     stacked: bool = False
     marks: Sequence[int] = ()
+    unit: str = ""
 
 
 @dataclass(frozen=True)

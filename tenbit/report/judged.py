@@ -51,8 +51,10 @@ def sanity(run: Run) -> Sanity | None:
     return Sanity(str(record.get("verdict", "–")), str(record.get("reason", "")), rows, remarks)
 
 
-def alarms(run: Run) -> list[dict[str, str]]:
-    """From ``alarms.jsonl``, in order; remedies from `warn` on."""
+def alarms(run: Run) -> list[dict[str, str]] | None:
+    """From ``alarms.jsonl``, in order; remedies from `warn` on. None of a run that was not watched."""
+    if run.alarms is None:
+        return None
     return [
         {
             "step": f"{alarm.get('step', 0):,}",
@@ -60,5 +62,5 @@ def alarms(run: Run) -> list[dict[str, str]]:
             "reason": str(alarm.get("reason", "")),
             "remedy": str(alarm.get("remedy", "")) if alarm.get("level") != "note" else "",
         }
-        for alarm in run.alarms or ()
+        for alarm in run.alarms
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,34 +21,42 @@ from markupsafe import Markup
 
 from tenbit.report import axis
 from tenbit.report.chart import draw
-from tenbit.report.many_cells import Cell, read_cells
+from tenbit.report.many_cells import Cell, collect
 from tenbit.report.many_figures import Desk, Section, sections
 from tenbit.report.many_table import Summary, alarms, as_json, differences, table, verdict
+from tenbit.report.target import MARK, refuse_foreign, refuse_no_page, writing
 from tenbit.report.template import HERE, style, template
 from tenbit.runlog import write_atomic
 
 MOST_NAMES = 3  # folders that the page's title names
+log = logging.getLogger(__name__)
 
 
 def write_many(paths: Sequence[Path], out: Path, *, png: bool = True) -> Path:
     """Writes the page over all runs in these folders and below, and returns its path.
 
-    Beside ``page.html``: ``page.json``, and with `png` ``page-figures/NAME.png``. Raises ValueError if a folder holds
-    no run, or a file of a run is damaged.
+    Beside ``page.html``: ``page.json``, and with `png` ``page-figures/NAME.png``. A run whose files are damaged is left
+    out, with a remark. Raises ValueError if a folder holds no run, or none is left.
     """
     out = Path(out)
-    if out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out {out}: the page is an HTML file. Name it, such as --out {out / 'report.html'}")
-    cells = read_cells(paths)
+    data = out.with_suffix(".json")
+    refuse_no_page(out)
+    refuse_foreign(data, out)
+    found = collect(paths)
+    for remark in found.remarks:
+        log.warning("%s", remark)
+    cells = found.cells
     summaries = [Summary.of(cell) for cell in cells]
     desk = Desk.of(cells)
     made = sections(desk)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if png:
-        write_pngs(cells, made, out.with_name(f"{out.stem}-figures"))
-    data = json.dumps(as_json(summaries, desk.width), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(out.with_suffix(".json"), data.encode("utf-8", "replace") + b"\n")
-    write_atomic(out, render(summaries, desk, made, title(paths)).encode("utf-8", "replace"))
+    with writing(out):
+        if png:
+            write_pngs(cells, made, out.with_name(f"{out.stem}-figures"))
+        tree = as_json(summaries, desk.width) | {"remarks": found.remarks}
+        text = json.dumps(dict([MARK]) | tree, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomic(data, text.encode("utf-8", "replace") + b"\n")
+        page = render(summaries, desk, made, title(paths), found.remarks)
+        write_atomic(out, page.encode("utf-8", "replace"))
     return out
 
 
@@ -79,8 +88,10 @@ def steps_of(cells: Sequence[Cell]) -> axis.Axis:
     return axis.steps(min(steps, default=0), max(steps, default=0))
 
 
-def render(summaries: Sequence[Summary], desk: Desk, made: Sequence[Section], name: str) -> str:
-    """The page."""
+def render(
+    summaries: Sequence[Summary], desk: Desk, made: Sequence[Section], name: str, remarks: Sequence[str] = ()
+) -> str:
+    """The page. `remarks` are on runs that are not on it."""
     script = (HERE / "hover.js.jinja").read_text(encoding="utf-8").strip()
     cells = [s.cell for s in summaries]
     differing, equal = differences(cells)
@@ -88,8 +99,10 @@ def render(summaries: Sequence[Summary], desk: Desk, made: Sequence[Section], na
         name=name,
         subject=_subject(cells),
         verdict=verdict(summaries),
+        remarks=remarks,
         table=table(summaries),
         seeds=max(len(cell.members) for cell in cells),
+        stopped=any(s.counts.get("stopped") for s in summaries),
         smoothing=desk.width if desk.reach else 0,
         sections=_drawn(cells, made),
         differing=differing,

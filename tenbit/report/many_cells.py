@@ -115,20 +115,47 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_cells(paths: Iterable[Path]) -> list[Cell]:
-    """All runs of these folders in cells, in the order in which a page shows them.
+@dataclass(frozen=True)
+class Collected:
+    """All runs of some folders, in cells. `remarks` says which were left out, and why."""
 
-    A copy of a run (the same recipe and the same rows in another folder) is left out.
+    cells: list[Cell]
+    remarks: list[str]
+
+
+def read_cells(paths: Iterable[Path]) -> list[Cell]:
+    """All runs of these folders in cells, in the order in which a page shows them."""
+    return collect(paths).cells
+
+
+def collect(paths: Iterable[Path]) -> Collected:
+    """The same, with remarks on what was left out: runs with a damaged file, copies, and reruns of a seed.
+
+    Raises ValueError if no run is left.
     """
     members: list[Member] = []
-    seen: set[str] = set()
+    remarks: list[str] = []
+    seen: dict[str, Path] = {}
     for folder in find_runs(paths):
-        run = read_run(folder)
-        content = json.dumps([run.recipe, run.rows]) if run.rows else str(folder)
-        if content not in seen:
-            seen.add(content)
-            members.append(Member.of(run))
-    return _named([Cell(tuple(group)) for group in _grouped(members)])
+        try:
+            member = Member.of(read_run(folder))
+        except (ValueError, OSError) as error:
+            remarks.append(f"{folder} is left out: {error}")
+            continue
+        content = json.dumps([member.run.recipe, member.run.rows]) if member.run.rows else str(folder)
+        first = seen.setdefault(content, folder)
+        if first is folder:
+            members.append(member)
+        else:
+            remarks.append(f"{folder} is a copy of {first} and not counted again")
+    if not members:
+        raise ValueError(remarks[0].replace(" is left out", "", 1) if len(remarks) == 1 else "\n".join(remarks))
+    groups = []
+    for group in _grouped(members):
+        kept, again = _one_a_seed(group)
+        groups.append(Cell(tuple(kept)))
+        remarks += again
+    return Collected(_named(groups), remarks)
 
 
 def text(value: Any) -> str:
@@ -162,7 +189,8 @@ def _grouped(members: Sequence[Member]) -> list[list[Member]]:
 
 
 def _apart(group: list[Member]) -> list[list[Member]]:
-    """Two runs of one seed are no two seeds: what else they differ in, such as the backend, is then compared."""
+    """Two runs of one seed are no two seeds: what else they differ in, such as the backend, is then compared. Where
+    they differ in nothing, `_one_a_seed` leaves one of them."""
     if len({m.seed for m in group}) == len(group):
         return [group]
     parts: dict[str, list[Member]] = {}
@@ -170,6 +198,26 @@ def _apart(group: list[Member]) -> list[list[Member]]:
         rest = {k: v for k, v in m.keys.items() if not under(k, ("seed", "name", "checkpoint", "log_samples"))}
         parts.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(m)
     return list(parts.values())
+
+
+def _one_a_seed(group: Sequence[Member]) -> tuple[list[Member], list[str]]:
+    """A rerun of a seed is no second sample: counted is the run that finished, or else the longest."""
+    best: dict[Any, Member] = {}
+    for m in group:
+        key = m.keys["seed"] if "seed" in m.keys else m.run.folder
+        best[key] = max(best.get(key, m), m, key=_how_far)
+    kept = list(best.values())
+    remarks = [
+        f"{m.run.folder} is a rerun of seed {m.seed} of {best[m.keys['seed']].run.folder} and not counted again"
+        for m in group
+        if not any(m is one for one in kept)
+    ]
+    return kept, remarks
+
+
+def _how_far(member: Member) -> tuple[bool, int]:
+    run = member.run
+    return run.finished and stopped_by(run.summary) is None, max(run.steps, default=0)
 
 
 def _by_seed(member: Member) -> tuple[float, str]:

@@ -2,6 +2,9 @@
 
 Each run is smoothed on its own first (a running mean over a fixed number of steps), so that the band shows how far
 seeds lie apart and not how noisy a step is. At a step where only some runs have a value, mean and band are of those.
+
+A metric whose peaks are what counts, such as the largest π − μ, is not averaged at all: its curve is the largest over
+the same steps of all runs, or the smallest.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Literal
 
 from tenbit.report.figures import trend
 from tenbit.report.reading import Run
 
 Values = list[float | None]
+Kept = Literal["mean", "largest", "smallest"]  # what a curve keeps of neighbouring steps and of seeds
 SHARE = 100  # a running mean reaches over a hundredth of the longest run to each side
 
 
@@ -41,12 +46,26 @@ def reach_for(runs: Sequence[Run]) -> int:
     return 0 if longest < 40 else max(1, longest // SHARE)
 
 
-def over_seeds(runs: Sequence[Run], key: str, reach: int = 0) -> Curve:
-    """The curve of one metric over runs. Steps at which a run logged, but not this metric, are gaps."""
+def extremes(values: Sequence[float | None], reach: int, of: Kept) -> Values:
+    """The largest, or the smallest, of `reach` values to each side; gaps stay gaps."""
+    pick = max if of == "largest" else min
+    out: Values = []
+    for i, value in enumerate(values):
+        near = [v for v in values[max(0, i - reach) : i + reach + 1] if v is not None]
+        out.append(None if value is None else pick(near))
+    return out
+
+
+def over_seeds(runs: Sequence[Run], key: str, reach: int = 0, of: Kept = "mean") -> Curve:
+    """The curve of one metric over runs. Steps at which a run logged, but not this metric, are gaps.
+
+    With `of` "largest" or "smallest", `mean` holds that instead of the runs' mean.
+    """
     at: dict[int, list[float]] = {}
+    pick = {"mean": fmean, "largest": max, "smallest": min}[of]
     for run in runs:
         values = run.values(key)
-        smooth = trend(values, reach) if reach else values
+        smooth = values if not reach else trend(values, reach) if of == "mean" else extremes(values, reach, of)
         for step, value in zip(run.steps, smooth, strict=True):
             found = at.setdefault(step, [])
             if value is not None and math.isfinite(value):
@@ -55,7 +74,7 @@ def over_seeds(runs: Sequence[Run], key: str, reach: int = 0) -> Curve:
     here = [at[step] for step in steps]
     return Curve(
         steps,
-        [fmean(v) if v else None for v in here],
+        [pick(v) if v else None for v in here],
         [min(v, default=None) for v in here],
         [max(v, default=None) for v in here],
         [len(v) for v in here],

@@ -16,7 +16,7 @@ from functools import cached_property
 from tenbit.report import axis
 from tenbit.report.chart import Figure, Panel, Series
 from tenbit.report.many_cells import UNSET, Cell
-from tenbit.report.many_curves import over_seeds, reach_for
+from tenbit.report.many_curves import Kept, over_seeds, reach_for
 from tenbit.report.words import number, percent, scientific, seconds, whole
 
 PALETTE = 8  # series0 to series7 of the style sheet
@@ -30,7 +30,8 @@ Ink = tuple[str, bool]  # a colour, and whether the line is broken: where there 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is drawn: one metric of the run log, or two that belong together. `slug` names its files."""
+    """What is drawn: one metric of the run log, or two that belong together. `slug` names its files. `of` says for each
+    key what its curve keeps of steps and seeds; means, where it is empty."""
 
     slug: str
     title: str
@@ -39,17 +40,24 @@ class Metric:
     scale: Callable[..., axis.Axis] = axis.linear
     note: str = ""
     points: bool = False
+    unit: str = ""
+    of: tuple[Kept, ...] = ()
 
 
 ENDS = Metric(
     "pi-mu", "Largest and smallest π − μ", ("mismatch/prob_diff_max", "mismatch/prob_diff_min"),
     note="Of the tokens of a step. Near 1 or −1, one program all but excludes a token that the other all but chose.",
+    unit="difference of two probabilities", of=("largest", "smallest"),
 )  # fmt: skip
-KL = Metric("kl", "KL(μ‖π), nats per token", ("mismatch/kl_k3",), scientific, axis.log10)
-NORM = Metric("gradient-norm", "Gradient norm", ("optim/grad_norm",), note="Before clipping.", scale=axis.log10)
-ENTROPY = Metric("entropy", "Entropy, nats per token", ("policy/entropy",))
-LENGTH = Metric("length", "Response length, tokens", ("train/response_length",), whole)
-SECONDS = Metric("seconds", "Seconds of a step", ("time/step",), seconds)
+KL = Metric("kl", "KL(μ‖π), nats per token", ("mismatch/kl_k3",), scientific, axis.log10, unit="nats per token")
+NORM = Metric(
+    "gradient-norm", "Gradient norm", ("optim/grad_norm",), note="Before clipping.", scale=axis.log10,
+    unit="norm of the gradient",
+)  # fmt: skip
+ENTROPY = Metric("entropy", "Entropy, nats per token", ("policy/entropy",), unit="nats per token")
+LENGTH = Metric("length", "Response length, tokens", ("train/response_length",), whole, unit="tokens")
+SECONDS = Metric("seconds", "Seconds of a step", ("time/step",), seconds, unit="seconds")
+SHARE = "share of responses that are right"
 
 
 @dataclass(frozen=True)
@@ -108,11 +116,12 @@ class Desk:
     def rewards(self) -> list[Metric]:
         """Training reward, and accuracy where it is another number."""
         runs = [run for cell in self.cells for run in cell.runs]
-        accuracy = Metric("accuracy", "Training accuracy", ("train/accuracy",), percent)
+        accuracy = Metric("accuracy", "Training accuracy", ("train/accuracy",), percent, unit=SHARE)
         if not any(v is not None for run in runs for v in run.values("train/reward")):
             return [accuracy]
         same = all(run.values("train/reward") == run.values("train/accuracy") for run in runs)
-        reward = Metric("reward", "Training reward", ("train/reward",), percent if same else number)
+        show, unit = (percent, SHARE) if same else (number, "mean reward of a response")
+        reward = Metric("reward", "Training reward", ("train/reward",), show, unit=unit)
         return [reward] if same else [reward, accuracy]
 
     @cached_property
@@ -120,7 +129,7 @@ class Desk:
         keys = dict.fromkeys(key for cell in self.cells for run in cell.runs for key in run.evals("avg@"))
         names = {key: key.removeprefix("eval/").replace("/", " ") for key in sorted(keys)}
         return [
-            Metric(f"evaluation-{slug(name)}", f"Evaluation, {name}", (key,), percent, points=True)
+            Metric(f"evaluation-{slug(name)}", f"Evaluation, {name}", (key,), percent, points=True, unit=SHARE)
             for key, name in names.items()
         ]
 
@@ -128,13 +137,14 @@ class Desk:
         """One curve for each key; those after the first lie in its colour and need no name of their own."""
         out = []
         for i, key in enumerate(metric.keys):
-            curve = over_seeds(cell.runs, key, 0 if metric.points else self.reach)
+            of = metric.of[i] if metric.of else "mean"
+            curve = over_seeds(cell.runs, key, 0 if metric.points else self.reach, of)
             curve = curve.known() if metric.points else curve
             if any(curve.count):
-                band = (curve.low, curve.high) if max(curve.count) > 1 else None
+                band = (curve.low, curve.high) if max(curve.count) > 1 and of == "mean" else None
                 colour, broken = ink
                 style = ("dashed" if broken else "points") if metric.points else "broken" if broken else "line"
-                out.append(Series(label, curve.steps, curve.mean, colour, style, metric.show, band, quiet=i > 0))
+                out.append(Series(label, curve.steps, curve.mean, colour, style, metric.show, band, i > 0, of))
         return out
 
     def axis(self, metric: Metric) -> axis.Axis:
@@ -207,14 +217,8 @@ def plot(
     fallen = [m.outcome.collapsed_at for c in cells for m in c.members if m.outcome.collapsed_at is not None]
     named = sum(not s.quiet for s in series)
     crossed = sorted(set(fallen)) if marks else []
-    panel = Panel(series, desk.axis(metric), height=max(132.0, 13.0 * named), marks=crossed)
-    seeds = {len(c.members) for c in cells}
-    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    caption = [f"As {ref} of the paper." if ref else "", metric.note]
-    if seeds != {1}:
-        caption.append(f"Mean of {count} seeds, band from the smallest to the largest.")
-    if desk.reach and not metric.points:
-        caption.append(f"Running mean over {desk.width} steps.")
+    panel = Panel(series, desk.axis(metric), height=max(132.0, 13.0 * named), marks=crossed, unit=metric.unit)
+    caption = [f"As {ref} of the paper." if ref else "", metric.note, *_how(desk, metric, cells)]
     if panel.marks:
         caption.append("Crosses: a run collapsed.")
     while file in desk.taken:  # two names may differ only in what a file name cannot hold
@@ -222,6 +226,18 @@ def plot(
     desk.taken.add(file)
     alone = title if title == metric.title else f"{metric.title}: {title}"
     return [Plot(file, Figure(title, [panel]), ref, alone, " ".join(filter(None, caption)))]
+
+
+def _how(desk: Desk, metric: Metric, cells: Sequence[Cell]) -> list[str]:
+    """What a curve is of its seeds, and of neighbouring steps."""
+    seeds = {len(c.members) for c in cells}
+    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    if metric.of:
+        over = [f"{count} seeds"] if seeds != {1} else []
+        over += [f"{desk.width} steps"] if desk.reach else []
+        return [f"Each point is the extreme of {' and '.join(over)}, not a mean."] if over else []
+    said = [f"Mean of {count} seeds, band from the smallest to the largest."] if seeds != {1} else []
+    return [*said, f"Running mean over {desk.width} steps."] if desk.reach and not metric.points else said
 
 
 def sections(desk: Desk) -> list[Section]:

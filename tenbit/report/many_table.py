@@ -15,8 +15,10 @@ from tenbit.outcome import PASS, extreme
 from tenbit.report.many_cells import Cell, Member, text
 from tenbit.report.many_curves import interval
 from tenbit.report.words import factor, number, percent, scientific, seconds
+from tenbit.watch import first_steps
 
-KINDS = ("passed", "collapsed", "failed", "running")
+KINDS = ("passed", "collapsed", "failed", "stopped", "running")
+WORDS = {"stopped": "stopped by an alarm", "running": "unfinished"}
 NAMED_APART = 6  # cells that the verdict names one by one where they have one precision
 
 
@@ -27,17 +29,20 @@ class Summary:
     cell: Cell
     counts: dict[str, int]
     accuracy: tuple[float, float | None, int] | None  # mean over seeds, half of its 95% interval, seeds
-    unfinished: bool  # the accuracy is of runs that still go on
+    unfinished: bool  # the accuracy is of runs that still go on, or were stopped
     evaluations: dict[str, tuple[float, int]]  # last score by set, mean over seeds; at which step at the latest
     kl: float | None
     extreme: float | None
     seconds: float | None
+    lengths: tuple[int, int] | None = None  # shortest and longest of the runs that the accuracy is of
 
     @classmethod
     def of(cls, cell: Cell) -> Summary:
         counts = Counter(m.outcome.kind for m in cell.members)
-        done = [m for m in cell.members if m.outcome.kind != "running"]
-        found = [m.outcome.accuracy for m in (done or cell.members) if m.outcome.accuracy is not None]
+        done = [m for m in cell.members if m.outcome.kind not in ("running", "stopped")]
+        known = [m.outcome for m in (done or cell.members) if m.outcome.accuracy is not None]
+        found = [o.accuracy for o in known if o.accuracy is not None]
+        lengths = [o.steps for o in known]
         ends = [v for run in cell.runs for row in run.rows if (v := extreme(row)) is not None]
         return cls(
             cell,
@@ -48,6 +53,7 @@ class Summary:
             _median(cell, "mismatch/kl_k3"),
             max(ends, default=None),
             _median(cell, "time/step"),
+            (min(lengths), max(lengths)) if lengths else None,
         )
 
 
@@ -71,7 +77,7 @@ def counted(counts: dict[str, int]) -> str:
     """``9 of 15 runs passed, 3 collapsed, 3 failed``"""
     total = sum(counts.values())
     runs = "run" if total == 1 else "runs"
-    rest = [f"{n} {'unfinished' if kind == 'running' else kind}" for kind, n in counts.items() if kind != "passed"]
+    rest = [f"{n} {WORDS.get(kind, kind)}" for kind, n in counts.items() if kind != "passed"]
     return ", ".join([f"{counts.get('passed', 0)} of {total} {runs} passed", *rest])
 
 
@@ -94,13 +100,16 @@ def verdict(summaries: Sequence[Summary]) -> str:
 def member_line(member: Member) -> tuple[str, str, str]:
     """(kind, seed, what happened)"""
     o = member.outcome
+    last = max(o.steps, max(member.run.steps, default=0))
+    total = f" of {member.run.total_steps:,}" if member.run.total_steps else ""
     if o.kind == "collapsed":
         what = f"collapsed at step {o.collapsed_at:,}, peak {percent(o.peak or 0.0)} at {o.peak_step:,}"
+    elif o.kind == "stopped":
+        what = f"stopped by an alarm at {last:,}{total} steps"
     elif o.kind == "running":
-        total = f" of {member.run.total_steps:,}" if member.run.total_steps else ""
-        what = f"unfinished, at step {o.steps:,}{total}"
+        what = f"unfinished, at step {last:,}{total}"
     else:
-        what = f"{o.kind}, {percent(o.accuracy)}" if o.accuracy is not None else o.kind
+        what = f"{o.kind}, {percent(o.accuracy) if o.accuracy is not None else o.reason}"
     return o.kind, member.seed, what
 
 
@@ -131,8 +140,16 @@ def _accuracy(s: Summary) -> tuple[str, str]:
     if s.accuracy is None:
         return "–", ""
     mean, half, n = s.accuracy
-    shown = percent(mean) + (f" ± {percent(half)}" if half is not None else "")
-    remarks = ["so far"] if s.unfinished else []
+    shown, remarks = percent(mean), []
+    if half is not None and 0 <= mean - half and mean + half <= 1:
+        shown += f" ± {percent(half)}"
+    elif half is not None:
+        remarks.append(f"{percent(max(0.0, mean - half), 0)} to {percent(min(1.0, mean + half), 0)}")
+    if s.unfinished:
+        running = any(m.outcome.kind == "running" for m in s.cell.members)
+        remarks.append("so far" if running else "when stopped")
+    if s.lengths is not None and s.lengths[0] < s.lengths[1]:
+        remarks.append(f"{s.lengths[0]:,} to {s.lengths[1]:,} steps")
     if n < len(s.cell.members):
         remarks.append(f"{n} of {len(s.cell.members)} seeds")
     return shown, ", ".join(remarks)
@@ -193,17 +210,17 @@ def alarms(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _first_alarm(member: Member) -> dict[str, Any]:
-    first: dict[str, int] = {}
-    for row in member.run.alarms or ():
-        level = str(row.get("level", "?"))
-        first[level] = min(first.get(level, row["step"]), row["step"])
+    """The first alarm of level warn or higher, and of level act, as `tenbit watch` counts them. A note warns nobody."""
+    found = [{"step": row["step"], "level": str(row.get("level"))} for row in member.run.alarms or ()]
+    first = {level: step for level, step in first_steps(found).items() if level != "note"}
     at = member.outcome.collapsed_at
-    parts = [f"{level} at {step:,}" for level, step in sorted(first.items(), key=lambda item: item[1])]
-    parts += [f"collapsed at {at:,}"] if at is not None else []
-    if at is not None and first:
-        ahead = at - min(first.values())
-        parts.append(f"{ahead:,} steps ahead" if ahead > 0 else "not ahead")
-    return {"seed": member.seed, "steps": first, "collapsed_at": at, "said": ", ".join(parts)}
+    levels = [f"{level} at {step:,}" for level, step in first.items()]
+    said = ", ".join(levels) or "no warn or act"
+    lead = {} if at is None else {level: at - step for level, step in first.items()}
+    if at is not None:
+        before = [f"{level} {f'{n:,} steps before' if n > 0 else 'not before'}" for level, n in lead.items()]
+        said += f"; collapsed at {at:,}" + (f": {', '.join(before)}" if before else "")
+    return {"seed": member.seed, "steps": first, "lead": lead, "collapsed_at": at, "said": said}
 
 
 def as_json(summaries: Sequence[Summary], smoothing: int) -> dict[str, Any]:

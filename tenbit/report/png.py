@@ -26,6 +26,7 @@ from tenbit.report.template import style
 
 INCH, SCALE = 100.0, 2  # units of the view box in an inch; pixels for each unit
 POINT = 72 / INCH  # one unit as a font size or a line width
+STEP, BELOW, ABOVE = "training step", 14.0, 14.0  # the names of the axes, and room for each
 MARGIN, TITLE, A_TITLE = 10.0, 17.0, 46  # height of a line of the title, and its letters
 CAPTION, A_LINE = 13.0, 76  # the same of the caption
 DASHES = {"dashed": (0, (4, 3)), "broken": (0, (3, 2))}
@@ -33,20 +34,28 @@ DASHES = {"dashed": (0, (4, 3)), "broken": (0, (3, 2))}
 
 def png(figure: Figure, across: Axis, title: str = "", caption: str = "") -> bytes:
     """The figure on white, with its title above, or a longer one that also says it out of the page, and a caption."""
-    titles = textwrap.wrap(title or figure.title, A_TITLE) or [""]
-    head = TITLE * len(titles) + 7
-    panels, frames = chart.laid_out(figure, across)
-    lines = textwrap.wrap(caption, A_LINE)
-    below = frames[-1].bottom + BOTTOM
-    height = head + below + (CAPTION * len(lines) + 8 if lines else 0)
-    dpi = INCH * SCALE
-    canvas = Canvas(figsize=(WIDTH / INCH, height / INCH), dpi=dpi, facecolor=colour("card"))
-    FigureCanvasAgg(canvas)
+    out = io.BytesIO()
+    canvas(figure, across, title, caption).savefig(out, format="png", dpi=INCH * SCALE, facecolor=colour("card"))
+    return out.getvalue()
 
-    def write(x: float, y: float, words: str, size: float, ink: str, weight: str = "normal") -> None:
+
+def canvas(figure: Figure, across: Axis, title: str = "", caption: str = "") -> Canvas:
+    """What `png` writes. Both axes are named: there is no page around that says what they are."""
+    titles = textwrap.wrap(title or figure.title, A_TITLE) or [""]
+    panels, frames = chart.laid_out(figure, across)
+    head = TITLE * len(titles) + 7 + (ABOVE if panels[0].unit and not chart.heading(panels[0]) else 0)
+    lines = textwrap.wrap(caption, A_LINE)
+    below = frames[-1].bottom + BOTTOM + BELOW
+    height = head + below + (CAPTION * len(lines) + 8 if lines else 0)
+    page = Canvas(figsize=(WIDTH / INCH, height / INCH), dpi=INCH * SCALE, facecolor=colour("card"))
+    FigureCanvasAgg(page)
+
+    def write(
+        x: float, y: float, words: str, size: float, ink: str, weight: str = "normal", align: str = "left"
+    ) -> None:
         """Text at a place of the page, in units of the view box from its upper left corner."""
         # a title is shown as it is: matplotlib would read $...$ as mathematics
-        canvas.text(
+        page.text(
             x / WIDTH,
             1 - y / height,
             words,
@@ -55,6 +64,7 @@ def png(figure: Figure, across: Axis, title: str = "", caption: str = "") -> byt
             parse_math=False,
             va="baseline",
             weight=weight,
+            ha=align,
         )
 
     for i, line in enumerate(titles):
@@ -62,18 +72,19 @@ def png(figure: Figure, across: Axis, title: str = "", caption: str = "") -> byt
     for panel, frame in zip(panels, frames, strict=True):
         bottom = height - head - frame.bottom
         box = (LEFT / WIDTH, bottom / height, (frame.right - LEFT) / WIDTH, frame.height / height)
-        axes = canvas.add_axes(box)
+        axes = page.add_axes(box)
         _panel(axes, panel, frame, across, last=frame is frames[-1])
-        if chart.heading(panel):
-            write(LEFT, head + frame.top - 6, chart.heading(panel), 11, colour("soft"))
+        name = ", ".join(filter(None, (chart.heading(panel), panel.unit)))
+        if name:
+            write(LEFT, head + frame.top - 7, name, 11, colour("soft"))
         for series, y in _names(panel, frame):
             ink = colour("soft" if series.colour.startswith("phase") else series.colour)
             write(frame.right + 7, head + y + 3.5, chart.short(series.label), 10.5, ink, weight="bold")
+    middle = (LEFT + frames[-1].right) / 2
+    write(middle, head + frames[-1].bottom + BOTTOM + 8, STEP, 11, colour("soft"), align="center")
     for i, line in enumerate(lines):
         write(MARGIN, head + below + CAPTION * (i + 1), line, 9, colour("soft"))
-    out = io.BytesIO()
-    canvas.savefig(out, format="png", dpi=dpi, facecolor=colour("card"))
-    return out.getvalue()
+    return page
 
 
 @cache

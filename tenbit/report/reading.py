@@ -6,6 +6,7 @@ Rows may also lie compressed, as ``metrics.jsonl.gz``: results that are kept for
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class Run:
     finished: bool = False
     total_steps: int | None = None
     folder: Path = Path()
-    alarms: list[Row] | None = None  # None: nobody watched this run
+    alarms: list[Row] | None = None  # None: nobody watched this run; empty: no alarm
     sanity: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,7 +72,8 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: no metrics.jsonl here. Name the run folder that `tenbit train` printed.")
     merged: dict[int, Row] = {}
     for row in read_rows(metrics):
-        merged[row["step"]] = merged.get(row["step"], {}) | row
+        known = {key: None if _too_large(value) else value for key, value in row.items()}
+        merged[row["step"]] = merged.get(row["step"], {}) | known
     recipe = _text(folder / "recipe.toml")
     samples, alarms = rows_file(folder, "samples"), rows_file(folder, "alarms")
     summary = _json(folder / "summary.json", dict)
@@ -90,6 +92,14 @@ def read_run(folder: Path) -> Run:
         alarms=read_rows(alarms) if alarms else None,
         sanity=_json(folder / "sanity.json", dict),
     )
+
+
+def _too_large(value: Any) -> bool:
+    """1e999 is JSON and no number that can be computed with; it is read as NaN is."""
+    try:
+        return isinstance(value, int | float) and not math.isfinite(value)
+    except OverflowError:  # a whole number beyond every double
+        return True
 
 
 def _text(path: Path) -> str:

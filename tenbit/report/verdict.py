@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from tenbit.outcome import stopped_by
 from tenbit.report.reading import Run
 from tenbit.report.words import factor, number, percent, power_of_two, scientific, seconds, whole
 from tenbit.runlog import mismatch_ratio, span
@@ -28,6 +29,11 @@ def growth(run: Run, key: str) -> float | None:
 def verdict(run: Run) -> str:
     """What a reader should know if they read one line."""
     parts: list[str] = []
+    alarm = stopped_by(run.summary)
+    if alarm is not None:
+        last = max(run.steps, default=0)
+        of = f" of {run.total_steps:,}" if run.total_steps else ""
+        parts.append(f"Stopped by an alarm at {last:,}{of} steps: {alarm}.")
     ends = span(run.rows, "train/accuracy")
     so_far = "" if run.finished else " so far"
     if ends and ends[0]["step"] != ends[1]["step"]:

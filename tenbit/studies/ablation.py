@@ -6,12 +6,12 @@
 A cell is a run like any other: `tenbit train` in a process of its own, in a folder of its own, with checkpoints. So a
 cell that was killed goes on where it was, finished ones are not run again, and a cell that fails takes no other with
 it. Seeds are the same in every cell, and with them the order of problems and every response's own seed: what differs
-between two cells of a seed is what the grid varies.
+between two cells of a seed is what the grid varies. More cells may be added later; all must be of one recipe.
 
-    FOLDER/recipes/CELL.toml    what each cell runs, written and checked before the first one starts
+    FOLDER/ablation.json        the grid
+    FOLDER/recipes/CELL.toml    what each cell runs, checked before the first one starts
     FOLDER/CELL/                its run folder
     FOLDER/logs/CELL.txt        what it printed
-    FOLDER/ablation.json        the grid
     FOLDER/report.html, .json   Figures 1, 3, 4, 5 and 6 over all cells, and what became of each
 """
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,108 +27,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tenbit.algorithms import ALGORITHMS
 from tenbit.console import default_console
-from tenbit.folder import check_same, locked, make_folder
-from tenbit.keys import one_of
-from tenbit.precision import Precision
+from tenbit.folder import MAY_CHANGE, check_same, flat, holds_something, locked, make_folder
 from tenbit.recipe import Recipe
+from tenbit.rehearsal import rehearse
 from tenbit.report.many import write_many
 from tenbit.report.many_cells import read_cells
 from tenbit.report.many_table import Summary
+from tenbit.report.words import number
 from tenbit.runlog import write_atomic
-from tenbit.studies.ablation_run import Job, run_jobs
-from tenbit.studies.options import said_in_options
+from tenbit.studies.ablation_grid import VARIED, Cell, make_grid
+from tenbit.studies.ablation_run import Job, run_jobs, side_by_side
 
 GRID_FILE = "ablation.json"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid. `recipe` is whole: nothing of it comes from elsewhere."""
-
-    precision: str
-    algorithm: str
-    seed: int
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        return cell_name(self.algorithm, self.precision, self.seed)
-
-
-def cell_name(algorithm: str, precision: str, seed: int) -> str:
-    """``grpo-bf16-fp32-seed0``: a folder's name."""
-    return f"{algorithm}-{precision.replace('/', '-').replace('~', '-')}-seed{seed}"
-
-
-def make_grid(
-    recipe: Path, overrides: Sequence[str], *, precisions: Sequence[str], algorithms: Sequence[str], seeds: str
-) -> list[Cell]:
-    """The cells, seed by seed, so that an ablation that is stopped early has whole grids of the first seeds.
-
-    Empty `precisions` or `algorithms`: the recipe's own. `seeds` is how many, from the recipe's on, or which: "3",
-    "0,5,7". Raises ValueError naming the option.
-    """
-    base = Recipe.load(recipe, overrides)
-    tree = base.tree()
-    names = [one_of("--algorithm", name, ALGORITHMS) for name in _distinct("--algorithm", algorithms)]
-    pairs = _distinct("--precision", [_canonical(p) for p in precisions])
-    cells = []
-    for seed in _seeds(seeds, base.seed):
-        for algorithm in names or [base.algorithm.name]:
-            for precision in pairs or [None]:
-                cells.append(_cell(tree, base, algorithm, precision, seed))
-    return cells
-
-
-def _cell(tree: dict[str, Any], base: Recipe, algorithm: str, precision: str | None, seed: int) -> Cell:
-    """A cell's recipe. Keys of `[algorithm]` belong to the recipe's own algorithm; another one comes as published."""
-    own = tree["algorithm"] if algorithm == base.algorithm.name else {"name": algorithm}
-    label = precision or base.precision.name
-    changed = {"name": cell_name(algorithm, label, seed), "seed": seed, "algorithm": own}
-    if precision is not None:
-        changed["precision"] = _in_plan(base.precision, precision)
-    with said_in_options({"precision.preset": "--precision", "algorithm.name": "--algorithm"}):
-        recipe = Recipe.of({**tree, **changed}, f"{algorithm}, {label}")
-    return Cell(label, algorithm, seed, recipe)
-
-
-def _canonical(precision: str) -> str:
-    """``fp16/fp16`` is ``fp16``. Raises ValueError for what is no precision."""
-    try:
-        plan = Precision.parse(precision)
-    except ValueError as error:
-        raise ValueError(f"--precision {precision}: {error}") from None
-    return plan.name
-
-
-def _in_plan(plan: Precision, precision: str) -> dict[str, Any]:
-    """The recipe's plan with another pair of formats. What it says beyond formats stays."""
-    pair = Precision.parse(precision)
-    kept: dict[str, Any] = {"head": plan.head, "casting": plan.casting}
-    if plan.reduce == plan.compute:
-        kept["reduce"] = pair.compute.value
-    if plan.loss_scale is not None and pair.loss_scale is not None:
-        kept["loss_scale"] = plan.loss_scale.model_dump(exclude_none=True)
-    return {"preset": precision} | kept
-
-
-def _distinct(option: str, values: Sequence[str]) -> list[str]:
-    twice = sorted({v for v in values if list(values).count(v) > 1})
-    if twice:
-        raise ValueError(f"{option}: {twice[0]} is there twice. Name each once")
-    return list(values)
-
-
-def _seeds(text: str, first: int) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [-1]
-    if min(numbers) < 0 or numbers == [0]:
-        raise ValueError(f"--seeds {text}: write how many, such as 3, or which ones, such as 0,5,7")
-    return list(range(first, first + numbers[0])) if len(numbers) == 1 else sorted(set(numbers))
 
 
 def ablate(
@@ -137,35 +47,69 @@ def ablate(
 ) -> bool:
     """Runs what is not finished. True if every cell has finished.
 
-    Raises ValueError if the folder holds other cells of the same names, KeyboardInterrupt after Ctrl-C, when all
-    running cells have saved.
+    Raises ValueError if the folder holds something else, or cells of another recipe, before anything is written;
+    KeyboardInterrupt after Ctrl-C, when all running cells have saved.
     """
     console = console or default_console()
+    side_by_side(jobs, len(cells), ranks)
+    _refuse_folder(out)
+    _refuse_others(cells, out, _grid(out))
+    rehearse(cells[0].recipe, out / cells[0].name, resume=True)  # data, prompts, model: the same in every cell
     make_folder(out)
     with locked(out):
+        grid = _grid(out)
         for cell in cells:
-            _place(cell, out)
-        grid = {
-            cell.name: {"algorithm": cell.algorithm, "precision": cell.precision, "seed": cell.seed} for cell in cells
-        }
+            _recipe_file(out, cell.name).parent.mkdir(exist_ok=True)
+            cell.recipe.dump(_recipe_file(out, cell.name))
+        grid |= {cell.name: cell.place for cell in cells}
         write_atomic(out / GRID_FILE, json.dumps(grid, indent=1).encode() + b"\n")
-        todo = [Job(cell.name, _recipe_file(out, cell), out / cell.name, cell.recipe.steps, ranks) for cell in cells]
-        failed = run_jobs(todo, out / "logs", jobs, console)
-    for name, why in failed.items():
-        console.print(Text.assemble((f"{name}: ", "bold red"), why), soft_wrap=True)
-    return not failed
+        todo = [Job(c.name, _recipe_file(out, c.name), out / c.name, c.recipe.steps, ranks) for c in cells]
+        return not run_jobs(todo, out / "logs", jobs, console)
 
 
-def _recipe_file(out: Path, cell: Cell) -> Path:
-    return out / "recipes" / f"{cell.name}.toml"
+def _refuse_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: this is a file. Name a folder")
+    if holds_something(out) and not (out / GRID_FILE).is_file():
+        raise ValueError(f"--out {out}: the folder holds something that is no ablation. Name another one")
 
 
-def _place(cell: Cell, out: Path) -> None:
-    """Writes a cell's recipe. Raises ValueError if its folder holds a run of another one."""
-    check_same(cell.recipe, out / cell.name)
-    file = _recipe_file(out, cell)
-    file.parent.mkdir(exist_ok=True)
-    cell.recipe.dump(file)
+def _grid(out: Path) -> dict[str, Any]:
+    """The cells that the folder has so far, by name."""
+    file = out / GRID_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}). Restore the file, or name another --out") from None
+
+
+def _refuse_others(cells: Sequence[Cell], out: Path, grid: dict[str, Any]) -> None:
+    """All cells of a folder are one recipe, varied; a cell that is there may only be made longer."""
+    for name in grid:
+        file = _recipe_file(out, name)
+        differing = _differing(Recipe.load(file), cells[0].recipe) if file.is_file() else {}
+        if differing:
+            what = "; ".join(f"{k}: was {old}, is {new}" for k, (old, new) in differing.items())
+            raise ValueError(
+                f"--out {out}: its cells are of another recipe: {what}. Start this ablation in another folder"
+            )
+    for cell in cells:
+        check_same(cell.recipe, out / cell.name)
+        done = Job(cell.name, Path(), out / cell.name, cell.recipe.steps).steps_done
+        if done > cell.recipe.steps:
+            raise ValueError(f"{out / cell.name}: {done} steps are done already, more than steps = {cell.recipe.steps}")
+
+
+def _differing(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ, but for what the grid varies and what makes no other run."""
+    free = (*VARIED, *MAY_CHANGE)
+    a, b = flat(old.tree()), flat(new.tree())
+    keys = [k for k in sorted(a.keys() | b.keys()) if not any(k == f or k.startswith(f"{f}.") for f in free)]
+    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
+
+
+def _recipe_file(out: Path, name: str) -> Path:
+    return out / "recipes" / f"{name}.toml"
 
 
 def show(cells: Sequence[Summary], console: Console) -> None:
@@ -176,9 +120,11 @@ def show(cells: Sequence[Summary], console: Console) -> None:
     for s in cells:
         outcomes = ", ".join(f"{n} {kind}" for kind, n in s.counts.items())
         mean, half, _ = s.accuracy or (None, None, 0)
-        accuracy = "–" if mean is None else f"{mean:.1%}" + (f" ± {half:.1%}" if half is not None else "")
-        numbers = [(s.kl, ".1e"), (s.extreme, ".3f"), (s.seconds, ".2f")]
-        table.add_row(s.cell.label, outcomes, accuracy, *("–" if v is None else f"{v:{form}}" for v, form in numbers))
+        accuracy = "–" if mean is None else f"{mean:.1%}" + (f" ± {half * 100:.1f}" if half is not None else "")
+        if s.unfinished and mean is not None:
+            accuracy += " so far"
+        numbers = ["–" if v is None else shown(v) for v, shown in ((s.kl, "{:.1e}".format), (s.extreme, number))]
+        table.add_row(s.cell.label, outcomes, accuracy, *numbers, "–" if s.seconds is None else f"{s.seconds:.2f}")
     console.print(table)
 
 
@@ -197,7 +143,7 @@ def ablate_command(
     folder = out or Path("runs", f"ablation-{Recipe.load(recipe, overrides).name}")
     console = default_console()
     finished = ablate(cells, folder, jobs=jobs, ranks=ranks, console=console)
-    begun = [folder / cell.name for cell in cells if (folder / cell.name / "metrics.jsonl").is_file()]
+    begun = [folder / name for name in _grid(folder) if (folder / name / "metrics.jsonl").is_file()]
     if begun:
         page = write_many(begun, folder / "report.html")
         show([Summary.of(cell) for cell in read_cells(begun)], console)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -30,9 +31,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tenbit.watch import read_alarms
+
 GIB_A_RUN = 2.0  # a process with torch, transformers and a small model; measured on the built-in one with vLLM
 LOOK = 0.5  # seconds between looks at the processes
 PR_SET_PDEATHSIG = 1
+PAUSED = 130  # the exit status of `tenbit train` when it can go on
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,34 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether it has done its steps, or an alarm has ended it (`watch.act = "stop"`)."""
+        """Whether its steps are done, or an alarm has ended it (`watch.act = "stop"`) and nothing was changed."""
+        summary = self._summary()
+        if "stopped" in summary:
+            return (self.folder / "recipe.toml").read_bytes() == self.recipe.read_bytes()
+        return summary.get("steps") == self.steps
+
+    @property
+    def steps_done(self) -> int:
+        """Of a run that has ended; 0 of one that has not."""
+        return int(self._summary().get("steps", 0))
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process still runs in the folder: one whose ablation was killed finishes its step."""
         try:
-            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            with (self.folder / ".lock").open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
             return False
-        return "stopped" in summary or summary.get("steps") == self.steps
+        return False
+
+    def _summary(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
 
     def last_row(self) -> dict[str, Any]:
         """The newest whole row of ``metrics.jsonl``, without reading the file."""
@@ -89,8 +115,10 @@ def side_by_side(wanted: int | None, jobs: int, ranks: int = 1) -> int:
     if ranks < 1:
         raise ValueError(f"--ranks {ranks}: write a positive number of processes for each run")
     gpus = len(_gpus())
-    if gpus and ranks > gpus:
-        raise ValueError(f"--ranks {ranks}: each takes a GPU, and there are {gpus}. Lower it")
+    if ranks > (gpus or cores()):
+        raise ValueError(f"--ranks {ranks}: each takes a {'GPU' if gpus else 'core'}, and there are {gpus or cores()}")
+    if gpus and wanted is not None and ranks > 1 and wanted * ranks > gpus:
+        raise ValueError(f"--jobs {wanted} of --ranks {ranks}: there are {gpus} GPUs. Lower one of them")
     if wanted is None:
         room = gpus // ranks if gpus else min(cores() // ranks, int(_free_gib() / GIB_A_RUN / ranks))
         wanted = max(1, room)
@@ -106,6 +134,10 @@ def _gpus() -> list[str]:
 
 
 def _free_gib() -> float:
+    """Memory that may be had: what is free, and on Linux also what only caches files."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) / 2**20
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
@@ -123,18 +155,24 @@ def run_jobs(jobs: Sequence[Job], logs: Path, at_once: int | None, console: Cons
     Raises KeyboardInterrupt after Ctrl-C, when the runs have saved; a second Ctrl-C kills them.
     """
     waiting = [job for job in jobs if not job.finished]
-    slots = list(range(side_by_side(at_once, len(waiting) or 1, jobs[0].ranks if jobs else 1)))
+    width = side_by_side(at_once, len(waiting) or 1, jobs[0].ranks if jobs else 1)
+    slots = list(range(width))
     done = len(jobs) - len(waiting)
-    how = f"{len(jobs)} runs, {done} of them finished; {len(slots)} at a time"
+    how = f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'}, {done} finished; {width} at a time"
     console.print(Text(how), soft_wrap=True)
+    if held := [job.name for job in waiting if job.busy]:
+        console.print(f"waiting for a process that still saves: {', '.join(held)}", soft_wrap=True)
     logs.mkdir(parents=True, exist_ok=True)
     running: list[_Running] = []
     failed: dict[str, str] = {}
     with Live(console=console, auto_refresh=False, transient=True) as live:
         try:
             while waiting or running:
-                while waiting and slots:
-                    running.append(_start(waiting.pop(0), slots.pop(0), logs, len(slots) + len(running) + 1))
+                while slots and (free := next((job for job in waiting if not job.busy), None)):
+                    waiting.remove(free)
+                    running.append(_start(free, slots.pop(0), logs, width))
+                    if not console.is_terminal:
+                        console.print(f"started   {free.name}", soft_wrap=True)
                 time.sleep(LOOK)
                 for run in [r for r in running if r.process.poll() is not None]:
                     running.remove(run)
@@ -206,6 +244,8 @@ def _tell(run: _Running, failed: dict[str, str], console: Console) -> None:
 
 def _why(run: _Running) -> str:
     status = run.process.returncode
+    if status == PAUSED and (alarms := read_alarms(run.job.folder)):
+        return f"paused by an alarm at step {alarms[-1]['step']}: {alarms[-1]['reason']}. The same command goes on"
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     lines = [line for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return f"{how}; {run.log} ends with: {lines[-1].strip()}" if lines else f"{how}; it printed nothing"

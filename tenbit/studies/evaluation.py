@@ -43,6 +43,7 @@ from tenbit.rollout import Policy
 from tenbit.runlog import write_atomic
 from tenbit.studies.evaluation_plan import OPTIONS, Plan, fit
 from tenbit.studies.evaluation_scores import Rows, show, summarise
+from tenbit.studies.gradings import Gradings
 from tenbit.studies.options import said_in_options
 from tenbit.tasks.grading import open_grader
 from tenbit.types import Completion
@@ -223,8 +224,6 @@ def run(plan: Plan, out: Path | None = None, *, resume: bool = False, console: C
         model = loading.load(plan.recipe.model, plan.recipe.rollout.stop_tokens)
     plan, sets = fit(plan, model)
     settings = settings_of(plan, sets, model)
-    if resume and folder.is_dir():
-        check_settings(plan, folder, settings)
     chunks = chunks_of(plan, sets)
     longest = plan.budgets[-1] + max(len(a.ids) for asked in sets.values() for a in asked)
     task = plan.recipe.task
@@ -232,6 +231,9 @@ def run(plan: Plan, out: Path | None = None, *, resume: bool = False, console: C
         task.grader, workers=task.grade_workers, timeout=task.grade_timeout, failed_reward=task.failed_reward
     )
     with grading as grader, held(folder):
+        choose_folder(plan.recipe, folder, resume)  # once more: until now another process could have written here
+        if resume:
+            check_settings(plan, folder, settings)
         shown = f"{sum(map(len, sets.values()))} problems × {plan.recipe.eval.samples}"
         console.print(Text.assemble(("tenbit", "bold"), f"  {folder}  {shown}"), soft_wrap=True)
         for side in sides(plan):
@@ -251,10 +253,13 @@ def run(plan: Plan, out: Path | None = None, *, resume: bool = False, console: C
 
 def sample(plan: Plan, side: Side, policy: Policy, chunks: Sequence[Chunk], folder: Path, console: Console) -> None:
     """Answers the chunks and appends their rows, each chunk's on disk before the next one is sampled."""
+    gradings = Gradings(plan.recipe.task.grader, sum(len(c.asked) for c in chunks))
     with progress_bar(console) as progress, (folder / side.file).open("ab") as file:
         bar = progress.add_task(side.words(plan), total=sum(len(c.asked) for c in chunks))
         for chunk in chunks:
             rows = answer(plan, policy, chunk)
+            gradings = gradings.chunk()
+            gradings.hear((f"{r['set']}/{r['problem']}", s["failure"]) for r in rows for s in r["samples"])
             # Escapes keep it ASCII: half a surrogate pair in a model's text must not end an evaluation.
             file.write(b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
             file.flush()

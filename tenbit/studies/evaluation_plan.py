@@ -52,6 +52,18 @@ OPTIONS = {
     "task.grader": "--grader",
     "model.path": "MODEL",
 }
+# Of the recipe itself, where their names are no words of a sentence.
+OWN_OPTIONS = {"seed": "--seed", "precision": "--precision"}
+# Keys that say how training samples, and the options that say it here.
+OF_TRAINING = {
+    "rollout.max_tokens": "--max-tokens",
+    "eval.max_tokens": "--max-tokens",
+    "rollout.samples": "--samples",
+    "rollout.temperature": "--temperature",
+    "rollout.top_p": "--top-p",
+    "task.data": "--data",
+    "task.limit": "--limit",
+}
 
 
 def make_plan(
@@ -72,12 +84,14 @@ def make_plan(
     texts: bool = False,
     chunk: int | None = None,
     overrides: Sequence[str] = (),
+    command: str = "evaluate",
 ) -> Plan:
     """The plan for `model`: 'builtin', a model folder or name, or a run folder, whose settings are then the defaults.
 
     `max_tokens` may hold several budgets, as "8192,32768". `overrides` are a recipe's ``key=value``, such as
-    ``rollout.vllm.memory=0.8``. Raises ValueError naming the option.
+    ``rollout.vllm.memory=0.8``. Raises ValueError naming the option; `command` is the one that has it.
     """
+    _refuse_of_training(overrides)
     if chunk is not None and chunk < 1:
         raise ValueError(f"--chunk {chunk}: write a positive number of problems")
     tree = _defaults(model)
@@ -97,17 +111,25 @@ def make_plan(
     _put(tree, given)
     budgets = _budgets(max_tokens if max_tokens is not None else tree["eval"].get("max_tokens"))
     tree["rollout"]["max_tokens"] = tree["eval"]["max_tokens"] = budgets[-1] if budgets else LONGEST
-    with said_in_options(OPTIONS):
+    with said_in_options(OPTIONS | OWN_OPTIONS):
         if not tree["eval"].get("data"):
             raise ValueError("--data: name a set: a shipped one (arithmetic_test, math500, aime24, ...) or a file")
         for item in overrides:
             override(tree, item)
-        recipe = Recipe.of(tree, "tenbit evaluate")
+        recipe = Recipe.of(tree, f"tenbit {command}")
         names = [set_name(source) for source in recipe.eval.data]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"--data: two sets would both be called {twice[0]!r}. Rename one, or remove it")
     return Plan(recipe, budgets, both, texts, chunk)
+
+
+def _refuse_of_training(overrides: Sequence[str]) -> None:
+    """Raises ValueError for a key that nothing here would read: it must not seem to have been heard."""
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        if key in OF_TRAINING:
+            raise ValueError(f"{item!r}: this key is not read here. Write {OF_TRAINING[key]} instead")
 
 
 def _defaults(model: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from tenbit.rollout import Policy, seed_of
 from tenbit.runlog import write_atomic
 from tenbit.studies.evaluation import digest, fingerprint
 from tenbit.studies.evaluation_plan import OPTIONS
+from tenbit.studies.gradings import Gradings
 from tenbit.studies.options import said_in_options
 from tenbit.studies.perfectible_plan import ROUND, Files, Plan, fit
 from tenbit.studies.perfectible_rule import Rule
@@ -88,11 +89,13 @@ def measure(
     *,
     least: int = ROUND,
     tick: Callable[[int], None] = lambda settled: None,
+    hear: Callable[[Iterable[tuple[str, str | None]]], None] = lambda failures: None,
 ) -> list[Row]:
     """Samples each problem until its verdict is settled; one row a problem, in order.
 
     `first` is the first problem's place in its set: it enters the seeds. `least` responses a round; the rule's whole
-    number samples everything. `tick` hears how many problems were settled, round by round.
+    number samples everything. `tick` hears how many problems were settled, round by round, and `hear` of every grading
+    the problem's id and what went wrong, or None.
     """
     tried = [Tried()] * len(asked)
     counts = [(i, 0, 0) for i in range(len(asked))]  # of the problems that are open: place, sampled, right
@@ -101,6 +104,7 @@ def measure(
         prompts = [Prompt(asked[i].ids, seed_of(*seed, first + i, place)) for i, place in wanted]
         problems = [asked[i].problem for i, _ in wanted]
         responses = policy.respond(list(zip(problems, prompts, strict=True)), Clock())
+        hear((problem.id, grade.failure) for problem, (_, _, grade) in zip(problems, responses, strict=True))
         for (i, _), (completion, _, grade) in zip(wanted, responses, strict=True):
             tried[i] = tried[i].and_then(grade.correct, completion, grade.failure is not None)
         now = [(i, len(tried[i].right), sum(tried[i].right)) for i, _, _ in counts]
@@ -126,18 +130,36 @@ def run(plan: Plan, out: Path | None, *, resume: bool = False, console: Console 
     """
     console = console or default_console()
     files = Files.of(out)
-    refuse_taken(files, resume)
-    with said_in_options(OPTIONS):
-        model = loading.load(plan.recipe.model, plan.recipe.rollout.stop_tokens)
-    plan, name, asked = fit(plan, model)
-    settings = settings_of(plan, asked, model)
-    if resume and files.summary.exists():
-        check_settings(files, settings)
+    with held(files):
+        refuse_taken(files, resume)
+        with said_in_options(OPTIONS):
+            model = loading.load(plan.recipe.model, plan.recipe.rollout.stop_tokens)
+        plan, name, asked = fit(plan, model)
+        settings = settings_of(plan, asked, model)
+        if resume and files.summary.exists():
+            check_settings(files, settings)
+        summary = write(plan, model, name, asked, settings, files, console)
+    show(summary, console)
+    for what, path in (("kept", files.kept), ("page", files.page)):
+        console.print(Text.assemble((f"{what}  ", "dim"), str(path)), soft_wrap=True)
+    return summary
+
+
+def write(
+    plan: Plan,
+    model: loading.Model,
+    name: str,
+    asked: Sequence[Asked],
+    settings: dict[str, Any],
+    files: Files,
+    console: Console,
+) -> dict[str, Any]:
+    """Samples what is not there yet, and writes all files; returns what is in the summary."""
     task = plan.recipe.task
     grading = open_grader(
         task.grader, workers=task.grade_workers, timeout=task.grade_timeout, failed_reward=task.failed_reward
     )
-    with grading as grader, held(files):
+    with grading as grader:
         shown = f"{len(asked)} problems × {'' if plan.full else 'up to '}{plan.rule.samples}"
         console.print(Text.assemble(("tenbit", "bold"), f"  {files.kept}  {shown}"), soft_wrap=True)
         done = done_rows(files, plan, asked)
@@ -150,16 +172,13 @@ def run(plan: Plan, out: Path | None, *, resume: bool = False, console: Console 
                     write_atomic(files.summary, _json({"finished": False, "settings": settings}))
                 policy = Policy(engine, model.tokenizer, grader, plan.recipe.eval_sampling(model.stop_token_ids))
                 sample(plan, policy, name, asked, done, files, console)
-        rows = [json.loads(line) for line in files.all.read_bytes().splitlines()]
-        summary = summarise(plan, rows) | {"settings": settings}
-        drawn = figure(summary)
-        write_atomic(files.kept, b"".join(json.dumps(row).encode() + b"\n" for row in kept_rows(rows)))
-        write_atomic(files.figure, drawn.encode())
-        write_atomic(files.page, page(files.kept.stem, summary).encode("utf-8", "replace"))
-        write_atomic(files.summary, _json(summary))
-    show(summary, console)
-    for what, path in (("kept", files.kept), ("page", files.page)):
-        console.print(Text.assemble((f"{what}  ", "dim"), str(path)), soft_wrap=True)
+    rows = [json.loads(line) for line in files.all.read_bytes().splitlines()]
+    summary = summarise(plan, rows) | {"settings": settings}
+    drawn = figure(summary)
+    write_atomic(files.kept, b"".join(json.dumps(row).encode() + b"\n" for row in kept_rows(rows)))
+    write_atomic(files.figure, drawn.encode())
+    write_atomic(files.page, page(files.kept.stem, summary).encode("utf-8", "replace"))
+    write_atomic(files.summary, _json(summary))
     return summary
 
 
@@ -168,14 +187,17 @@ def sample(
 ) -> None:
     """Measures the problems from place `done` on and appends their rows, each chunk's on disk before the next."""
     recipe = plan.recipe
+    gradings = Gradings(recipe.task.grader, len(asked) - done)
     with progress_bar(console) as progress, files.all.open("ab") as file:
         bar = progress.add_task(f"{recipe.rollout.engine} {recipe.precision.rollout.value}", total=len(asked))
         progress.advance(bar, done)
         for first in range(done, len(asked), plan.chunk):
             chunk = asked[first : first + plan.chunk]
+            gradings = gradings.chunk()
             rows = measure(
                 policy, chunk, plan.rule, (recipe.seed, "perfectible", name), first,
                 least=plan.round, tick=lambda settled: progress.advance(bar, settled),
+                hear=gradings.hear,
             )  # fmt: skip
             file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
             file.flush()
@@ -221,23 +243,25 @@ def done_rows(files: Files, plan: Plan, asked: Sequence[Asked]) -> int:
 
 @contextlib.contextmanager
 def held(files: Files) -> Iterator[None]:
-    """The files' names, locked; no trace is left if nothing was written, as when an engine cannot start."""
+    """The files' names, locked, so that what is checked stays so; no trace is left if nothing was written."""
     folder = files.kept.parent
-    new = not folder.exists()
+    new = [above for above in (folder, *folder.parents) if not above.exists()]
+    fresh = not (folder / files.lock).exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / files.lock).touch()
     except OSError as error:
         raise ValueError(f"--out {files.kept}: cannot be written ({error.strerror}). Name another file") from None
     with locked(folder, files.lock):
+        before = files.existing()
         try:
             yield
         finally:
-            if not files.existing():
+            if files.existing() == before and (fresh or not before):
                 (folder / files.lock).unlink(missing_ok=True)
-                if new:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+                with contextlib.suppress(OSError):
+                    for made in new:
+                        made.rmdir()
 
 
 def settings_of(plan: Plan, asked: Sequence[Asked], model: loading.Model) -> dict[str, Any]:

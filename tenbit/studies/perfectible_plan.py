@@ -69,13 +69,18 @@ def make_plan(
     asked = evaluation_plan.make_plan(
         model, data=[data] if data else (), samples=samples, engine=engine, precision=precision,
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, template=template, grader=grader, limit=limit,
-        seed=seed, chunk=chunk, overrides=overrides,
+        seed=seed, chunk=chunk, overrides=overrides, command="perfectible",
     )  # fmt: skip
     recipe = asked.recipe
     if len(recipe.eval.data) != 1:
         raise ValueError(f"--data: name one set; there are {', '.join(recipe.eval.data)}")
     if recipe.eval.samples != samples:
         raise ValueError("eval.samples: write --samples instead")
+    if not recipe.eval.temperature:
+        raise ValueError(
+            "--temperature 0: all responses to a problem would be the same, so none would be solved only sometimes. "
+            "Write a positive temperature, or leave it out: 1, as training samples"
+        )
     if limit is None and not any(item.startswith("eval.limit") for item in overrides):
         # a run's evaluations may have been of a part of their set
         recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"limit": None})})
@@ -110,6 +115,8 @@ class Files:
     def of(cls, out: Path | None) -> Files:
         if out is None:
             raise ValueError("--out: name the file for the kept problems, such as --out perfectible.jsonl")
+        if out.name == ".jsonl":
+            raise ValueError(f"--out {out}: nothing is before .jsonl. Name it, such as {out.with_name('mine.jsonl')}")
         if out.suffix != ".jsonl":
             raise ValueError(f"--out {out}: the file becomes a data set, so its name must end with .jsonl")
         return cls(out)

@@ -94,11 +94,13 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 def remarks(summary: Mapping[str, Any]) -> list[str]:
     """What must be known to read the numbers, where there is something."""
     out, sampled = [], summary["responses"]["sampled"]
+    failed = summary["grading_failed"]
+    if failed:
+        out.append(f"{failed:,} responses ({failed / sampled:.1%}) could not be graded and count as wrong.")
     if not summary["kept"]:
-        out.append("No problem is kept. An easier or a harder set, or another template, may hold some.")
+        advice = "An easier or a harder set, or another template, may hold some."
+        out.append(f"No problem is kept. {'Look at the grader first.' if failed else advice}")
     if summary["cut"]:
         share = summary["cut"] / sampled
         out.append(f"{share:.1%} of the responses were cut off by --max-tokens and graded as they stood.")
-    if summary["grading_failed"]:
-        out.append(f"{summary['grading_failed']:,} responses could not be graded and count as wrong.")
     return out
