@@ -35,11 +35,13 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from tenbit import world
 from tenbit.backends import Backend
+from tenbit.runlog import write_atomic
 
 # one process writes its checkpoint by itself, and that is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 TRAINER, HELD = "trainer", "held.pt"
-KEPT = "kept.json"  # in a checkpoint's folder: why it is never removed
+KEPT = "kept.json"  # in a checkpoint's folder: why it stays
+MOST_KEPT = 3  # of those, the first and the newest stay
 COUNTS = ("updates", "skips_in_a_row", "loss_scale", "clean_steps")
 
 
@@ -51,13 +53,21 @@ class Progress:
     position: int = 0
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint that stays, and those that stayed until now."""
+
+    path: Path
+    given_up: tuple[Path, ...] = ()
+
+
 class Checkpoints:
     """Writes a run's checkpoints, one at a time. Every method is called on all ranks."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, newest: int | None = None) -> None:
         self._folder, self._keep = folder, keep
         self._writing: Future[Any] | None = None
-        self.newest: int | None = None  # the step of the last one that was begun
+        self.newest = newest  # the step of the last one that was begun
 
     def save(self, backend: Backend, progress: Progress, held: Any = None, healthy: int | None = None) -> None:
         """Begins ``step-N``; the training state is copied before this returns, so training may go on.
@@ -90,20 +100,33 @@ class Checkpoints:
 
     def _commit(self, draft: Path, final: Path, healthy: int | None) -> None:
         replace_folder(draft, final)
-        spared = None if healthy is None else latest(self._folder, healthy)
+        self._tidy(None if healthy is None else latest(self._folder, healthy))
+
+    def _tidy(self, spared: Path | None) -> None:
         for old in complete(self._folder)[: -self._keep]:
             if old != spared and not (old / KEPT).exists():
                 shutil.rmtree(old.rename(self._folder / f".{old.name}.tmp"))
 
-    def keep(self, step: int, why: str) -> Path | None:
-        """Never removes the newest checkpoint up to `step` from now on; None if there is none. On all ranks."""
+    def keep(self, step: int, why: str) -> Kept | None:
+        """The newest checkpoint up to `step` stays from now on; None if there is none. On all ranks.
+
+        Of more than `MOST_KEPT` only the first, from before the first trouble, and the newest stay.
+        """
         self.wait()
 
-        def mark() -> Path | None:
+        def mark() -> Kept | None:
             found = latest(self._folder, step)
-            if found is not None:
-                (found / KEPT).write_text(json.dumps({"step": step_of(found), "reason": why}, indent=1) + "\n")
-            return found
+            if found is None:
+                return None
+            if not (found / KEPT).exists():
+                why_kept = json.dumps({"step": step_of(found), "reason": why}, indent=1) + "\n"
+                write_atomic(found / KEPT, why_kept.encode())
+            kept = [p for p in complete(self._folder) if (p / KEPT).exists()]
+            surplus = tuple(kept[1 : 1 - MOST_KEPT]) if len(kept) > MOST_KEPT else ()
+            for old in surplus:
+                (old / KEPT).unlink()
+            self._tidy(found)
+            return Kept(found, surplus)
 
         return world.first(mark)
 

@@ -73,13 +73,14 @@ def train(
             ]
             how = Text(shlex.join(again), style="bold")
             why = f" by an alarm ({stop.why})" if stop.why else ""
-            console.print(Text(f"Stopped after step {stop.step}{why}. To go on:"), how, sep="\n  ")
+            console.print(Text(f"Stopped after step {stop.step}{why}. To go on:"), how, sep="\n  ", soft_wrap=True)
             status = STOPPED
         except Halted as end:
             if world.is_first():
                 write_report(end.folder)
                 show_summary(end.folder, console)
-            console.print(Text(f"Ended for good after step {end.step} by an alarm: {end.why}", style="bold red"))
+            ended = Text(f"Ended for good after step {end.step} by an alarm: {end.why}", style="bold red")
+            console.print(ended, soft_wrap=True)
             status = HALTED
         except KeyboardInterrupt:
             if vigil.failed_first("stopped at once"):
@@ -119,7 +120,7 @@ def report(
 
 @app.command()
 def watch(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="run folders, metrics files")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="runs, or folders of some")],
     json_output: Annotated[bool, typer.Option("--json", help="for machines, one run a line")] = False,
 ) -> None:
     """Judge runs of the past by the rules of early warning: alarms, and how long before a collapse they came."""

@@ -31,7 +31,7 @@ from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import Algorithm
 from tenbit.backends import LossFunction, StepStats
 from tenbit.batching import Row, collate, micro_batches, split_evenly, totals
-from tenbit.checkpoint import Progress, load, step_of
+from tenbit.checkpoint import MOST_KEPT, Progress, load, step_of
 from tenbit.clock import Clock
 from tenbit.evaluate import evaluate
 from tenbit.export import export
@@ -83,6 +83,9 @@ def train(
         stop_requested() as stopping,
         saved_if_engine_fails(run),
     ):
+        owed = agreed_alarm(run, [run.lookout.owed] if run.lookout and run.lookout.owed else [])
+        if owed is not None:  # a run that was killed before it could
+            act(run, owed)
         verify_precision(run)
         if run.progress.step == 0 and run.eval_sets:
             run.log.log(0, evaluate_now(run, Clock()))
@@ -104,7 +107,7 @@ def train(
                 act(run, alarm)
             if stop and not last:
                 run.checkpoints.wait()
-                raise Interrupted(run.folder, step, alarm.reason if alarm is not None else "")
+                raise Interrupted(run.folder, step)
         finish(run)
     return run.folder
 
@@ -148,20 +151,31 @@ def agreed_alarm(run: Run, alarms: Sequence[Alarm]) -> Alarm | None:
 
 
 def act(run: Run, alarm: Alarm) -> None:
-    """Keeps the newest checkpoint from before the trouble, or else one of now; and ends the run if that is asked."""
-    healthy = world.first(lambda: run.lookout.watch.healthy if run.lookout else 0)
+    """Keeps the newest checkpoint from before the trouble, or else one of now; and ends the run if that is asked.
+
+    That it is done is put down last, so that a run killed on the way does it when it is resumed.
+    """
+    step, lookout = run.progress.step, run.lookout
+    healthy = world.first(lambda: lookout.watch.healthy if lookout else 0)
     kept = run.checkpoints.keep(healthy, alarm.reason)
     when = "the last before this"
     if kept is None:
         when = "there is none from before this"
-        if run.checkpoints.newest != run.progress.step:
+        if run.checkpoints.newest != step:
             save(run)
-        kept = run.checkpoints.keep(run.progress.step, alarm.reason)
+        kept = run.checkpoints.keep(step, alarm.reason)
         assert kept is not None  # it was just written
-    run.log.console.print(f"{'':13}kept: {kept.relative_to(run.folder)}, {when}", soft_wrap=True)
-    if alarm.action == "stop" and run.progress.step < run.recipe.steps:
-        finish(run, kept, alarm)
-        raise Halted(run.folder, run.progress.step, alarm.reason)
+    gone = f"; no more: {', '.join(p.name for p in kept.given_up)} ({MOST_KEPT} at most)" if kept.given_up else ""
+    run.log.console.print(f"{'':13}kept: {kept.path.relative_to(run.folder)}, {when}{gone}", soft_wrap=True)
+    action = alarm.action if step < run.recipe.steps else "snapshot"
+    if action == "stop":
+        finish(run, kept.path, alarm)
+    if lookout is not None:
+        lookout.acted(alarm, action, step_of(kept.path))
+    if action == "stop":
+        raise Halted(run.folder, step, alarm.reason)
+    if action == "pause":
+        raise Interrupted(run.folder, step, alarm.reason)
 
 
 def train_step(run: Run, step: int, clock: Clock) -> Metrics:

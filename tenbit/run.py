@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from tenbit import checkpoint, world
 from tenbit.backends import Backend
 from tenbit.backends.choose import check_backend, make_backend
 from tenbit.canary import Canary
-from tenbit.checkpoint import Checkpoints, Progress
+from tenbit.checkpoint import Checkpoints, Progress, step_of
 from tenbit.compare import compare
 from tenbit.engines import Engine
 from tenbit.engines.choose import make_engine
@@ -36,7 +37,9 @@ from tenbit.runlog import Log, NoLog, RunLog, default_console, write_atomic
 from tenbit.sampler import Ahead, OnPolicy, Sampler
 from tenbit.tasks.grading import Grader, open_grader
 from tenbit.types import Overflow
-from tenbit.watch import Lookout
+from tenbit.watch import Lookout, cut_alarms
+
+NO_CHECKPOINT = "no checkpoint to resume from; starting at the beginning"
 
 
 @dataclass
@@ -97,14 +100,17 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
             held = checkpoint.load_held(found) if found and world.is_first() else None
             ahead = Ahead(alone, stream, recipe, backend, canary, model.pad_token_id, start, held)
             sampler = stack.enter_context(contextlib.closing(ahead))
-        checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
+        checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep, step_of(found) if found else None)
         yield Run(recipe, folder, model, policy, backend, sampler, evals, runlog, canary, checkpoints, start, lookout)
         checkpoints.wait()
 
 
 def find_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     """The folder of a run. Raises ValueError for one that it may not have. Nothing is made yet."""
-    folder = choose_folder(recipe, out, resume)
+    try:
+        folder = choose_folder(recipe, out, resume)
+    except OSError as error:  # a name that is too long, a folder above it that may not be looked into
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}). Name another folder") from None
     if resume:
         check_same(recipe, folder)
     return folder
@@ -137,14 +143,20 @@ def _see_folder(folder: Path) -> None:
         )
 
 
-def _start(recipe: Recipe, folder: Path, resume: bool, console: Console) -> tuple[Progress, Path | None]:
-    """Where the run begins, and the checkpoint it goes on from."""
+def find_start(recipe: Recipe, folder: Path, resume: bool) -> tuple[Progress, Path | None]:
+    """Where the run begins, and the checkpoint it goes on from. Raises ValueError where it cannot. Reads only."""
     found = checkpoint.latest(folder / "checkpoints") if resume else None
     start = checkpoint.load_progress(found) if found else Progress()
-    if resume and not found:
-        console.print(f"{folder}: no checkpoint to resume from; starting at the beginning", soft_wrap=True)
     if start.step > recipe.steps:
         raise ValueError(f"{folder}: {start.step} steps are done already, more than steps = {recipe.steps}. Raise it")
+    return start, found
+
+
+def _start(recipe: Recipe, folder: Path, resume: bool, console: Console) -> tuple[Progress, Path | None]:
+    """Makes the folder that of this run."""
+    start, found = find_start(recipe, folder, resume)
+    if resume and not found:
+        console.print(f"{folder}: {NO_CHECKPOINT}", soft_wrap=True)
     recipe.dump(folder / "recipe.toml")  # first of all: it makes a folder one that can be resumed
     (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
     return start, found
@@ -157,9 +169,17 @@ def _open_log(recipe: Recipe, folder: Path, resume: bool, start: Progress, conso
 
 
 def _open_lookout(recipe: Recipe, folder: Path, resume: bool, start: Progress, console: Console) -> Lookout | None:
-    if not world.is_first() or not recipe.watch.enabled:
+    if not world.is_first():
         return None
-    return Lookout.open(recipe.watch, folder, start.step if resume else None, console)
+    if resume:
+        cut_alarms(folder, start.step)  # also of a run that is watched no more
+    spec = recipe.watch
+    if not spec.enabled:
+        return None
+    if recipe.steps < max(spec.window, spec.warmup):
+        few = f"watch: {recipe.steps} steps are too few for watch.window = {spec.window}, watch.warmup = {spec.warmup}"
+        console.print(Text(f"{few}; lower these for early warning in a run this short", style="dim"), soft_wrap=True)
+    return Lookout.open(spec, folder, resume, console)
 
 
 def make_grader(recipe: Recipe) -> Grader:

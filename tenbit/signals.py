@@ -5,7 +5,7 @@
 
 A signal reads one number off a row of metrics.jsonl. What is judged is not that number but a median over the last
 `window` steps, so that one step alone can never warn; and, where a model's own level is unknown beforehand, its ratio
-to the median of the run's first `warmup` steps. All thresholds are in `SIGNALS` and nowhere else.
+to the median of the first `warmup` steps whose number is one. All thresholds are in `SIGNALS` and nowhere else.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Signal:
     "rise", their median divided by that of the first steps; "fall", the other way round; "rebound", their median
     divided by the lowest that it was, over the first steps or any three windows in a row; "level", their median itself;
     "share", the share of steps that are 1. What is divided by is taken as `floor` at least. One step that reaches
-    `spike` by itself is worth a note.
+    `spike` by itself is worth a note. `most` is the largest value that there can be.
     """
 
     title: str
@@ -58,6 +58,7 @@ class Signal:
     spike: float
     remedy: str
     floor: float = 0.0
+    most: float = math.inf
 
 
 def _number(key: str) -> Callable[[Row], float | None]:
@@ -67,7 +68,10 @@ def _number(key: str) -> Callable[[Row], float | None]:
         if key not in row:
             return None
         value = row[key]
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.inf
+        try:
+            return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.inf
+        except OverflowError:  # a whole number beyond every double
+            return math.inf
 
     return read
 
@@ -78,12 +82,6 @@ def _gap(row: Row) -> float | None:
     if low is None or high is None:
         return None
     return max(high, -low) if math.isfinite(low) else math.inf
-
-
-def _ess(row: Row) -> float | None:
-    """The effective sample size as a share of the responses; one that is not a number counts as none."""
-    value = _number("mismatch/seq_ess")(row)
-    return 0.0 if value == math.inf else value
 
 
 def _grad_norm(row: Row) -> float | None:
@@ -99,7 +97,7 @@ def _skipped(row: Row) -> float | None:
     return float(bool(row.get("optim/skipped")) or _number("optim/grad_norm")(row) == math.inf)
 
 
-_LOWER = "lower optim.lr, or go back to the kept checkpoint's weights with a lower one"
+_LOWER = "start a new run with a lower optim.lr"
 _FP16 = "train and sample in FP16 (precision = 'fp16')"
 
 SIGNALS: dict[str, Signal] = {
@@ -126,17 +124,19 @@ SIGNALS: dict[str, Signal] = {
         # the sampler was sure of and the trainer excludes. Note and warn are on the way there.
         Levels(note=0.5, warn=0.8, act=0.95),
         0.95,
-        f"{_FP16} if this run does not; look for the cause with `tenbit probe RUN --attribute`; else {_LOWER}",
+        f"{_FP16} if this run does not; look for the cause with `tenbit probe MODEL --attribute`, where MODEL is the "
+        f"run's model.path, or its folder once that holds a model/; else {_LOWER}",
+        most=1.0,
     ),
     "ess": Signal(
         "the effective sample size",
-        _ess,
+        _number("mismatch/seq_ess"),
         "fall",
         # By its meaning: a step learns from 1/1.2, 1/2, 1/4 as many responses as at the start, of the sequence weights
         # of Equation 3. In the pilot runs it stayed within 1.1 of the start, collapsed or not.
         Levels(note=1.2, warn=2.0, act=4.0),
         10.0,
-        f"shorten rollout.max_tokens, raise rollout.samples, or {_FP16}",
+        f"{_FP16} if this run does not; else shorten rollout.max_tokens or raise rollout.samples in a new run",
     ),
     "entropy": Signal(
         "the policy's entropy",
@@ -172,8 +172,13 @@ SIGNALS: dict[str, Signal] = {
         Levels(note=0.2, warn=0.5, act=0.8),
         math.inf,  # one skipped step is the scaler at work
         f"gradients overflow at any loss scale: {_LOWER}; if it stays, the model overflows in FP16: precision = 'bf16'",
+        most=1.0,
     ),
 }
+
+
+# what may be done besides, once a checkpoint is kept
+GO_BACK = "; a new run may begin with the weights of the kept checkpoint (docs/watch.md says how)"
 
 
 class LevelsSpec(BaseModel):
@@ -208,15 +213,48 @@ class WatchSpec(BaseModel):
     grad_norm: LevelsSpec = _USUAL
     skipped: LevelsSpec = _USUAL
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tables(cls, given: Any) -> Any:
+        """The shape of what is written, before its values: a table, with tables and a list in it."""
+        if isinstance(given, WatchSpec):
+            return given
+        if not isinstance(given, Mapping):
+            raise ValueError(f"watch = {given!r}: this is a table. To switch early warning on or off set watch.enabled")
+        for name in SIGNALS:
+            if not isinstance(given.get(name, {}), Mapping | LevelsSpec):
+                raise ValueError(
+                    f"watch.{name} = {given[name]!r}: this is a table of note, warn and act. Set one of them, such as "
+                    f"watch.{name}.warn = {SIGNALS[name].levels.warn:g}"
+                )
+        names = given.get("signals", ())
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f'watch.signals = {names!r}: this is a list of names, such as ["kl", "gap"]')
+        return given
+
     @field_validator("signals")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(one_of("watch.signals", name, SIGNALS) for name in names)
 
     @model_validator(mode="after")
+    def _sees_something(self) -> WatchSpec:
+        if self.enabled and not self.signals:
+            raise ValueError(
+                "watch.signals = [] leaves nothing to watch. Name some, or leave the key out for all of them, or set "
+                "watch.enabled = false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ordered(self) -> WatchSpec:
-        for name in SIGNALS:
+        for name, signal in SIGNALS.items():
             found = self.levels(name)
+            if found.act > signal.most:
+                raise ValueError(
+                    f"watch.{name}: note {found.note:g}, warn {found.warn:g}, act {found.act:g}, but this signal is "
+                    f"never above {signal.most:g}. Lower what is; to watch it no more, leave it out of watch.signals"
+                )
             if not found.note <= found.warn <= found.act:
                 raise ValueError(
                     f"watch.{name}: note {found.note:g}, warn {found.warn:g}, act {found.act:g} must not fall. Change "
@@ -236,7 +274,7 @@ class WatchSpec(BaseModel):
 
 
 def alarm_summary(alarms: Sequence[Mapping[str, Any]]) -> str:
-    """``2 warn (kl at step 71, gap at 80), 1 note (...)``: the end of a run in one line; empty without alarms."""
+    """``2 warn (kl at step 71, gap at 80), 1 note (...)``: the end of a run in one line."""
     parts = []
     for level in reversed(LEVELS):
         those = [a for a in alarms if a["level"] == level]
@@ -244,4 +282,4 @@ def alarm_summary(alarms: Sequence[Mapping[str, Any]]) -> str:
             named = ", ".join(f"{a['signal']} at step {a['step']}" for a in those[:4])
             more = f", and {len(those) - 4} more" if len(those) > 4 else ""
             parts.append(f"{len(those)} {level} ({named}{more})")
-    return "; ".join(parts)
+    return "; ".join(parts) or "none"

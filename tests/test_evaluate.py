@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from test_cli import refused, tenbit
+from test_docs import commands_of
 from test_loop import recipe, rows
 
 from tenbit import train
@@ -708,9 +709,7 @@ def test_an_engine_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
 
 def commands() -> list[str]:
     page = (ROOT / "docs" / "evaluate.md").read_text()
-    blocks = re.findall(r"```\n(.*?)```", page, re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("tenbit ")]
+    return [shlex.join(["tenbit", *words]) for words in commands_of(page)]
 
 
 def test_the_page_has_commands():

@@ -24,6 +24,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_cli import refused, tenbit
+from test_docs import commands_of
 
 from tenbit.engines.torch import TorchEngine
 from tenbit.models import loading
@@ -528,7 +529,8 @@ def once(problem, text):
 
 def grading_with(name: str, folder: Path, **changes):
     (folder / "own.py").write_text(GRADER)
-    return plan(grader=f"{folder}/own.py:{name}", max_tokens=4, limit=4, low=0.0, high=1.0, **changes)
+    own = {"grader": f"{folder}/own.py:{name}", "max_tokens": 4, "limit": 4, "low": 0.0, "high": 1.0}
+    return plan(**{**own, **changes})
 
 
 @pytest.mark.parametrize(
@@ -545,7 +547,7 @@ def test_a_grader_that_fails_on_most_stops_the_run(tmp_path, name, changes):
     assert not out.exists()
     if "chunk" not in changes:
         assert (out.parent / "mine.all.jsonl").read_bytes() == b"", "no row rests on gradings that failed"
-        (tmp_path / "own.py").write_text("def %s(problem, text):\n    return 1.0\n" % name)
+        (tmp_path / "own.py").write_text(f"def {name}(problem, text):\n    return 1.0\n")
         found = perfectible.run(wanted, out, resume=True, console=QUIET)
         assert (found["accuracy"], found["grading_failed"]) == (1, 0)
 
@@ -599,7 +601,10 @@ def test_an_engine_that_cannot_start_leaves_nothing(tmp_path, monkeypatch):
         ("--data arithmetic --out x.jsonl eval.samples=3", ["write --samples"]),
         ("--data arithmetic --out x.jsonl rollout.vlm.memory=1", ["did you mean 'vllm'"]),
         ("--data arithmetic --out file/x.jsonl", ["file/x.jsonl", "cannot be written"]),
-        ("--data arithmetic --out x.jsonl eval.max_tokens=3", ["'eval.max_tokens=3'", "not read", "Write --max-tokens"]),
+        (
+            "--data arithmetic --out x.jsonl eval.max_tokens=3",
+            ["'eval.max_tokens=3'", "not read", "--max-tokens"],
+        ),
         ("--data arithmetic --out x.jsonl rollout.max_tokens=3", ["'rollout.max_tokens=3'", "Write --max-tokens"]),
         ("--data arithmetic --out x.jsonl rollout.temperature=0.5", ["Write --temperature"]),
         ("--data arithmetic --out x.jsonl task.limit=3", ["Write --limit"]),
@@ -639,9 +644,7 @@ def test_vllm_finds_the_same_kind_of_set(tmp_path):
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", PAGE, re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("tenbit perfectible")]
+    return [shlex.join(["tenbit", *words]) for words in commands_of(PAGE) if words[0] == "perfectible"]
 
 
 @pytest.mark.parametrize("line", [pytest.param(c, marks=[pytest.mark.vllm] if "vllm" in c else []) for c in commands()])

@@ -9,10 +9,15 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import typer
@@ -23,7 +28,8 @@ from test_loop import rows
 
 from tenbit import Recipe, train
 from tenbit.cli import app
-from tenbit.rehearsal import rehearse
+from tenbit.folder import locked
+from tenbit.rehearsal import known_context, longest_response, rehearse
 from tenbit.studies.perfectible_plan import make_plan
 from tenbit.tasks.datasets import load_problems, shipped
 from tenbit.tasks.templates import TEMPLATES, Chat, Text
@@ -270,9 +276,15 @@ def commands() -> list[list[str]]:
     blocks = re.findall(r"```\n(.*?)```", page, re.DOTALL)
     for file in RECIPES:
         head = file.read_text(encoding="utf-8").split("\n\n")[0]
-        blocks.append(re.sub(r"\s*\\[^\n]*\n#\s+", " ", head).replace("#   ", ""))
-    lines = [line.split("  ")[0] for block in blocks for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("tenbit ")]
+        blocks.append(head.replace("#   ", ""))
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("tenbit ")]
+    return [split(line) for line in lines]
+
+
+def split(line: str) -> list[str]:
+    """A line as the shell has it when it is copied alone: nothing is joined to it, and no words that only explain."""
+    assert not re.search(r"\\\s", line + "\n"), f"breaks when copied: {line}"
+    return shlex.split(line, comments=True)
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -290,6 +302,24 @@ def test_every_command_is_understood(words):
     if name == "perfectible":
         options = {k: v for k, v in context.params.items() if k not in ("out", "resume", "overrides", "model")}
         assert make_plan(context.params["model"], **options, overrides=context.params["overrides"] or [])
+
+
+@pytest.mark.parametrize("line", ["tenbit train a.toml \\", "tenbit train a.toml \\      Figure 5"])
+def test_a_command_that_goes_on_in_the_next_comment_is_seen(line):
+    with pytest.raises(AssertionError, match="breaks when copied"):
+        split(line)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=name_of)
+def test_the_longest_response_and_a_prompt_fit_the_context(file):
+    """Where the model's shape comes with tenbit; the large recipes' prompts are of up to 2,048 tokens (Table 3)."""
+    recipe = Recipe.load(file)
+    context = known_context(recipe.model.path)
+    if context is None:
+        assert recipe.model.path.rpartition("/")[2] not in {"Qwen3-14B-Base", "Qwen3-30B-A3B-Base", "builtin"}
+        return
+    prompt = 2048 if recipe.model.path != "builtin" else 64  # the built-in tasks: test_it_is_rehearsed reads them all
+    assert longest_response(recipe)[1] + prompt <= context
 
 
 # --- the command
@@ -355,3 +385,112 @@ def test_a_rehearsed_resume_is_checked_too(tmp_path):
     assert tenbit("train", demo, *small, *arguments, cwd=tmp_path).returncode == 0
     refused(tenbit("train", demo, *small, "seed=7", *arguments, cwd=tmp_path), "seed: was 0, is 7")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["recipe.toml"]
+
+
+# --- what only the run used to refuse
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps, whose checkpoint is of the second."""
+    few = ["steps=2", "eval.every=0", "rollout.prompts=2", "rollout.samples=2", "rollout.max_tokens=8",
+           "optim.updates=1", "optim.schedule=constant", "optim.warmup=0", "checkpoint.every=2",
+           "compare.precisions=[]", "task.limit=8"]  # fmt: skip
+    recipe = Recipe.load(ROOT / "recipes" / "demo.toml", few)
+    return few, train(recipe, tmp_path_factory.mktemp("trained") / "run", console=QUIET)
+
+
+def rehearsed(few, folder, *more):
+    arguments = [*few, *more, "--out", str(folder), "--resume", "--dry-run"]
+    return tenbit("train", str(ROOT / "recipes" / "demo.toml"), *arguments, cwd=folder.parent)
+
+
+def test_a_resume_says_from_where_and_refuses_fewer_steps(trained):
+    few, folder = trained
+    before = sorted(folder.rglob("*"))
+    done = rehearsed(few, folder, "steps=4")
+    assert done.returncode == 0, done.stderr
+    assert "after step 2, from" in " ".join(done.stdout.split())
+    refused(rehearsed(few, folder, "steps=1"), "2 steps are done already", "steps = 1")
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("what", ["state.json", "shard", "index", "random"])
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path, what):
+    few, folder = trained
+    copy = shutil.copytree(folder, tmp_path / "run")
+    (found,) = (copy / "checkpoints").glob("step-*")
+    file = {
+        "state.json": found / "state.json",
+        "shard": next((found / "trainer").glob("*.distcp")),
+        "index": found / "trainer" / ".metadata",
+        "random": found / "random-0.pt",
+    }[what]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    refused(rehearsed(few, copy, "steps=4"), found.name, "cannot be read", "checkpoint before it")
+
+
+def test_a_damaged_row_is_refused(trained, tmp_path):
+    few, folder = trained
+    copy = shutil.copytree(folder, tmp_path / "run")
+    (copy / "metrics.jsonl").write_text("{broken\n" + (copy / "metrics.jsonl").read_text())
+    refused(rehearsed(few, copy, "steps=4"), "metrics.jsonl:1", "not a row")
+
+
+def test_a_locked_folder_is_refused(trained, tmp_path):
+    few, folder = trained
+    copy = shutil.copytree(folder, tmp_path / "run")
+    with locked(copy):
+        refused(rehearsed(few, copy, "steps=4"), "another process is running here")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    demo = str(ROOT / "recipes" / "demo.toml")
+    (tmp_path / "file").write_text("x")
+    for out in ("/proc/nowhere/run", "file/run", "a" * 300):
+        refused(tenbit("train", demo, "--out", out, "--dry-run", cwd=tmp_path), "--out", "cannot be written")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# --- without a network
+
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No hub answers, and its local cache is an empty folder of the test's own."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return tmp_path / "hub"
+
+
+def test_a_hub_that_cannot_be_reached_is_said_once(tmp_path):
+    """In a process of its own, as a library that warns does so on the real screen."""
+    own = {"HF_ENDPOINT": NOWHERE, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "tenbit", "train", str(ROOT / "recipes" / "octothinker_3b.toml"), "--dry-run"]
+    done = subprocess.run(command, env=os.environ | own, cwd=tmp_path, capture_output=True, text=True, check=False)
+    refused(done, "model.path", "the hub cannot be reached", "Download the model")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["dense_14b.toml", "moe_30b.toml"])
+def test_of_a_known_shape_the_context_is_checked_without_the_hub(name, offline, tmp_path):
+    recipe = str(ROOT / "recipes" / name)
+    refused(tenbit("train", recipe, "--dry-run", cwd=tmp_path), "the hub cannot be reached")
+    longer = tenbit("train", recipe, "rollout.max_tokens=32768", "--dry-run", cwd=tmp_path)
+    refused(longer, "rollout.max_tokens = 32768", "context", "Lower it")
+
+
+def test_a_model_in_the_local_cache_needs_no_hub(models, offline, tmp_path):
+    """A cache as the hub's own library lays it out."""
+    place = offline / "models--somebody--small"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(models("llama"), place / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    done = tenbit("train", str(ROOT / "recipes" / "demo.toml"), "model.path=somebody/small", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert "somebody/small: llama" in " ".join(done.stdout.split())

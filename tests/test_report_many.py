@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import tenbit
+from test_cli import refused, tenbit
 from test_report import ATTACK, Page
 
 from tenbit.recipe import Recipe
 from tenbit.report import axis, report
 from tenbit.report.chart import Figure, Panel, Series, draw
 from tenbit.report.many import write_many
-from tenbit.report.many_cells import Cell, find_runs, read_cells
+from tenbit.report.many_cells import Cell, collect, find_runs, read_cells
 from tenbit.report.many_curves import interval, over_seeds
-from tenbit.report.many_figures import Desk, sections
-from tenbit.report.many_table import Summary, differences, verdict
-from tenbit.report.png import colour, png
+from tenbit.report.many_figures import ENDS, Desk, sections
+from tenbit.report.many_table import Summary, alarms, differences, table, verdict
+from tenbit.report.png import canvas, colour, png
 from tenbit.report.reading import read_run
 
 STEPS = 100
@@ -188,6 +188,86 @@ def test_compressed_metrics_are_read_and_plain_ones_come_first(tmp_path: Path) -
         read_run(folder)
 
 
+def shown(cells: list[Cell], head: str = "final accuracy") -> tuple[str, str]:
+    """What the table says of the first cell."""
+    (row, *_) = table([Summary.of(c) for c in cells])["rows"]
+    return dict(row["values"])[head]
+
+
+@pytest.mark.parametrize("finished", ["first", "again", "neither"])
+def test_a_rerun_of_a_seed_counts_once_and_is_named(tmp_path: Path, finished: str) -> None:
+    """On a CPU a rerun differs in its times alone. The one that finished counts, else the longer one."""
+    long = [row | {"time/step": 9.0} for row in metrics("fp16", 0, 60 if finished == "neither" else STEPS)]
+    runs = {"first": metrics("fp16", 0), "again": long}
+    if finished != "first":
+        runs["first"] = runs["first"][:40]
+    if finished == "first":
+        runs["again"] = runs["again"][:40]
+    for name, rows in runs.items():
+        make(tmp_path, "grpo", "fp16", 0, rows, name=name)
+    make(tmp_path, "grpo", "fp16", 1)
+    found = collect([tmp_path])
+    (only,) = found.cells
+    kept = "first" if finished == "first" else "again"
+    left = "again" if finished == "first" else "first"
+    assert [m.run.name for m in only.members] == [kept, "grpo-fp16-1"]
+    (remark,) = found.remarks
+    assert remark == f"{tmp_path / left} is a rerun of seed 0 of {tmp_path / kept} and not counted again"
+    page = Page(write_many([tmp_path], tmp_path / "page.html", png=False).read_text())
+    assert remark in page.text
+    assert "1 run is left out" in page.text
+    assert "1 algorithm" not in page.text
+    assert "2 runs, grpo, fp16" in page.text
+
+
+def test_a_single_rerun_gives_no_interval(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make(tmp_path, "grpo", "fp16", 0, [r | {"time/step": float(ord(name))} for r in metrics("fp16", 0)], name=name)
+    summary = Summary.of(read_cells([tmp_path])[0])
+    assert summary.accuracy is not None
+    assert summary.accuracy[1:] == (None, 1)
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "alarms.jsonl", "summary.json"])
+def test_a_damaged_run_is_left_out_by_name_and_the_others_are_shown(tmp_path: Path, file: str) -> None:
+    make(tmp_path / "runs", "grpo", "fp16", 0)
+    bad = make(tmp_path / "runs", "grpo", "fp16", 1)
+    (bad / file).write_text("{broken\n" + json.dumps({"step": 1}) + "\n")
+    done = tenbit("report", "runs", "--out", "page.html", "--no-png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = Page((tmp_path / "page.html").read_text()).text
+    for where in (text, json.loads((tmp_path / "page.json").read_text())["remarks"][0]):
+        assert "runs/grpo-fp16-1 is left out" in where
+        assert file in where
+    assert "1 of 1 run passed" in text
+    shutil.rmtree(tmp_path / "runs" / "grpo-fp16-0")
+    with pytest.raises(ValueError, match=re.escape(file)):
+        write_many([tmp_path / "runs"], tmp_path / "page.html")
+    with pytest.raises(ValueError, match=re.escape(file)):
+        report([bad])
+
+
+def test_the_damage_is_said_on_the_screen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, "grpo", "fp16", 0)
+    (make(tmp_path, "grpo", "fp16", 1) / "alarms.jsonl").write_text("{broken\n{}\n")
+    write_many([tmp_path], tmp_path / "page.html", png=False)
+    assert "grpo-fp16-1 is left out" in caplog.text
+
+
+def test_a_number_beyond_every_double_is_a_gap(tmp_path: Path) -> None:
+    folder = make(tmp_path, "grpo", "fp16", 0)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 101, "train/accuracy": 1e999, "mismatch/kl_k3": -1e999, "time/step": 1' + "0" * 400 + "}\n"
+        )
+        file.write('{"step": 102, "train/accuracy": 0.98}\n')
+    page = Page(write_many([tmp_path], tmp_path / "page.html").read_text())
+    reward = page.charts[0]
+    assert reward["x"][-2:] == [101, 102]
+    assert "1 of 1 run passed" in page.text
+    assert report([folder]).is_file()
+
+
 # --- curves --------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +311,34 @@ def test_the_interval_is_students() -> None:
     assert interval([0.5]) == (0.5, None)
 
 
+def test_peaks_are_neither_averaged_over_steps_nor_over_seeds(tmp_path: Path) -> None:
+    """The figure is for the one step at which one program all but excludes what the other all but chose."""
+    steps = 800
+    for seed, peak in ((0, 333), (1, None)):
+        rows = [{"step": s, "train/reward": 0.5, "mismatch/prob_diff_max": 0.1 + 0.01 * (s % 3) + seed / 100,
+                 "mismatch/prob_diff_min": -0.2} for s in range(1, steps + 1)]  # fmt: skip
+        if peak is not None:
+            rows[peak - 1] |= {"mismatch/prob_diff_max": 0.998, "mismatch/prob_diff_min": -0.97}
+        make(tmp_path, "grpo", "fp16", seed, rows, steps=steps)
+    cells = read_cells([tmp_path])
+    desk = Desk.of(cells)
+    assert desk.reach == 8
+    raw = np.array([read_run(tmp_path / f"grpo-fp16-{s}").values("mismatch/prob_diff_max") for s in (0, 1)], float)
+    curve = over_seeds(cells[0].runs, "mismatch/prob_diff_max", 8, "largest")
+    windows = [raw[:, max(0, i - 8) : i + 9].max() for i in range(steps)]
+    np.testing.assert_array_equal(np.array(curve.mean, float), windows)
+    high, low = (s.thinned() for s in desk.series(cells[0], ENDS, "", ("plain", False)))
+    assert len(high.x) < 400
+    assert max(v for v in high.y if v is not None) == 0.998
+    assert min(v for v in low.y if v is not None) == -0.97
+    assert high.band is low.band is None
+    (plot,) = (p for s in sections(desk) for g in s.groups for p in g.plots if "pi-mu" in p.name)
+    assert "Each point is the extreme of 2 seeds and 17 steps, not a mean." in plot.caption
+    assert "Mean of" not in plot.caption
+    text = Page(write_many([tmp_path], tmp_path / "page.html", png=False).read_text()).text
+    assert "of π − μ it is the extreme of those steps and of all seeds" in text
+
+
 # --- verdicts and tables -------------------------------------------------------------------------------------------
 
 
@@ -260,6 +368,102 @@ def test_a_cells_numbers_are_numpys(study: Path) -> None:
     assert partial.accuracy is not None
     assert partial.accuracy[2] == 2
     assert partial.accuracy[0] > 0.95
+
+
+def stopped(root: Path, seed: int, rows: list[dict]) -> Path:
+    """A run as `watch.act = "stop"` leaves it."""
+    folder = make(root, "grpo", "fp16", seed, rows)
+    alarm = {"step": rows[-1]["step"], "level": "act", "signal": "kl", "reason": "KL is 40 times", "remedy": "r"}
+    (folder / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"steps": rows[-1]["step"], "stopped": alarm, "model_step": 1}))
+    return folder
+
+
+def test_a_run_that_an_alarm_stopped_is_said_and_has_no_final_accuracy(tmp_path: Path) -> None:
+    halted = stopped(tmp_path, 0, metrics("fp16", 0, 30))
+    for seed in (1, 2):
+        make(tmp_path, "grpo", "fp16", seed)
+    cells = read_cells([tmp_path])
+    summary = Summary.of(cells[0])
+    assert summary.counts == {"passed": 2, "stopped": 1}
+    assert verdict([summary]) == "2 of 3 runs passed, 1 stopped by an alarm."
+    assert summary.accuracy is not None
+    assert summary.accuracy[2] == 2
+    assert summary.accuracy[0] > 0.95  # at step 30 of its own it was 74%
+    assert shown(cells)[1] == "2 of 3 seeds"
+    text = Page(write_many([tmp_path], tmp_path / "page.html", png=False).read_text()).text
+    assert "stopped by an alarm at 30 of 100 steps" in text
+    assert "Runs that an alarm stopped have no final accuracy." in text
+    alone = Page(report([halted]).read_text()).text
+    assert "Stopped by an alarm at 30 of 100 steps: KL is 40 times." in alone
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / f"grpo-fp16-{seed}")
+    assert shown(read_cells([tmp_path]))[1] == "when stopped"
+
+
+def test_watched_runs_without_an_alarm_are_counted(tmp_path: Path) -> None:
+    for seed in range(3):
+        (make(tmp_path, "grpo", "fp16", seed) / "alarms.jsonl").write_text("")
+    alone = make(tmp_path, "gspo", "fp16", 0)
+    (found,) = alarms(read_cells([tmp_path]))
+    assert (found["label"], found["seeds"], found["levels"]) == ("grpo fp16", 3, {})
+    assert [one["said"] for one in found["first"]] == ["no warn or act"] * 3
+    assert "The run was watched: no alarm." in Page(report([tmp_path / "grpo-fp16-0"]).read_text()).text
+    assert "Early warning" not in Page(report([alone]).read_text()).text
+
+
+def test_leads_are_those_of_tenbit_watch(tmp_path: Path) -> None:
+    """A note warns nobody; an alarm of level act is one of level warn too; each level has its own lead."""
+    for seed, told in ((0, [(20, "note"), (66, "act"), (80, "warn")]), (1, [(30, "note")])):
+        folder = make(tmp_path, "grpo", "bf16", seed, metrics("bf16", seed, STEPS, 60))
+        rows = [{"step": s, "level": k, "signal": "kl", "reason": "r", "remedy": "x"} for s, k in told]
+        (folder / "alarms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = alarms(read_cells([tmp_path]))
+    one, other = found["first"]
+    at = one["collapsed_at"]
+    assert one["steps"] == {"warn": 66, "act": 66}
+    assert one["lead"] == {"warn": at - 66, "act": at - 66}
+    assert one["said"] == (
+        f"warn at 66, act at 66; collapsed at {at}: warn {at - 66} steps before, act {at - 66} steps before"
+    )
+    assert (other["steps"], other["lead"]) == ({}, {})
+    assert other["said"] == f"no warn or act; collapsed at {other['collapsed_at']}"
+
+
+def flat_run(accuracy: float, steps: int = STEPS) -> list[dict]:
+    return [{"step": s, "train/reward": accuracy, "train/accuracy": accuracy} for s in range(1, steps + 1)]
+
+
+def test_an_interval_ends_where_accuracies_do(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.99, 0.98, 0.2)):
+        make(tmp_path, "grpo", "fp16", seed, flat_run(accuracy))
+    assert shown(read_cells([tmp_path])) == ("72.3%", "0% to 100%")
+    shutil.rmtree(tmp_path / "grpo-fp16-2")
+    make(tmp_path, "grpo", "fp16", 2, flat_run(0.97))
+    value, remark = shown(read_cells([tmp_path]))
+    half = 4.30265273 * 0.01 / np.sqrt(3)
+    assert remark == f"{0.98 - half:.0%} to 100%"
+    shutil.rmtree(tmp_path / "grpo-fp16-0")
+    make(tmp_path, "grpo", "fp16", 0, flat_run(0.96))
+    value, remark = shown(read_cells([tmp_path]))
+    assert (value, remark) == (f"97.0% ± {half:.1%}", "")
+
+
+def test_seeds_of_different_lengths_are_remarked(tmp_path: Path) -> None:
+    for seed, steps in ((0, 60), (1, 200)):
+        make(tmp_path, "grpo", "fp16", seed, flat_run(0.5, steps), steps=steps)
+    assert shown(read_cells([tmp_path]))[1] == "60 to 200 steps"
+
+
+def test_a_finished_run_without_an_accuracy_says_so(tmp_path: Path) -> None:
+    folder = make(tmp_path, "grpo", "fp16", 0, [{"step": s, "policy/entropy": 1.0} for s in range(1, STEPS + 1)])
+    make(tmp_path, "grpo", "fp16", 1, [{"step": s, "policy/entropy": 1.0} for s in range(1, 51)])
+    cells = read_cells([tmp_path])
+    assert shown(cells) == ("–", "")
+    text = Page(write_many([tmp_path], tmp_path / "page.html", png=False).read_text()).text
+    assert "failed, no step has a training accuracy" in text
+    assert "unfinished, at step 50 of 100" in text
+    assert "Steps: 100, none with a training accuracy." in Page(report([folder]).read_text()).text
 
 
 def test_differing_keys_are_told_and_equal_ones_folded(study: Path) -> None:
@@ -449,6 +653,26 @@ def test_every_png_is_twice_the_size_of_its_figure_and_not_blank(page: Path) -> 
         assert ((picture != 255).any(axis=2)).mean() > 0.01, file.name
 
 
+def test_both_axes_of_a_png_are_named(study: Path) -> None:
+    cells = read_cells([study])
+    across = axis.steps(0, STEPS)
+    named = {}
+    for plot in (p for s in sections(Desk.of(cells)) for g in s.groups for p in g.plots):
+        texts = [text.get_text() for text in canvas(plot.figure, across, plot.title, plot.caption).texts]
+        assert texts.count("training step") == 1, plot.name
+        named[plot.name] = texts
+    for name, unit in (
+        ("figure-1-reward-grpo", "share of responses that are right"),
+        ("figure-6-evaluation-held-out-avg@4-grpo", "share of responses that are right"),
+        ("figure-3-kl-bf16", "nats per token"),
+        ("figure-3-entropy-bf16", "nats per token"),
+        ("figure-3-pi-mu-bf16", "difference of two probabilities"),
+        ("figure-3-gradient-norm-bf16", "norm of the gradient"),
+        ("figure-5-seconds-grpo", "seconds"),
+    ):
+        assert unit in named[name], name
+
+
 def test_a_curve_of_the_png_lies_where_the_svgs_lies() -> None:
     """The same figure drawn twice: the columns of blue pixels under the curve, against the SVG's own path."""
     x = list(range(0, 101))
@@ -499,6 +723,40 @@ def test_one_run_keeps_its_page_and_several_need_a_name(study: Path, tmp_path: P
     assert done.stdout.strip() == "page.html"
     assert {p.name for p in tmp_path.iterdir()} == {"grpo-fp16-0", "page.html", "page.json"}
     assert report([tmp_path], png=False) == tmp_path / "report.html"
+
+
+def test_what_a_page_would_overwrite_or_cannot_be_is_refused(tmp_path: Path) -> None:
+    run = make(tmp_path / "abl", "grpo", "fp16", 0)
+    make(tmp_path / "abl", "grpo", "fp16", 1)
+    precious = {tmp_path / "abl" / "ablation.json": '{"grid": 1}', run / "summary.json": '{"steps": 100}',
+                tmp_path / "list.json": "[1]", tmp_path / "text.json": "no JSON"}  # fmt: skip
+    for file, text in precious.items():
+        file.write_text(text)
+        refused(tenbit("report", "abl", "--out", str(file.with_suffix(".html")), "--no-png", cwd=tmp_path),
+                str(file), "Name another page", f"{file.stem}-report.html")  # fmt: skip
+        assert file.read_text() == text
+    for _ in range(2):  # its own it may replace
+        assert tenbit("report", "abl", "--out", "page.html", "--no-png", cwd=tmp_path).returncode == 0
+    tree = json.loads((tmp_path / "page.json").read_text())
+    (tmp_path / "page.json").write_text(json.dumps({k: v for k, v in tree.items() if k != "written_by"}))
+    assert tenbit("report", "abl", "--out", "page.html", "--no-png", cwd=tmp_path).returncode == 0  # of a page before
+
+
+@pytest.mark.parametrize("runs", ["abl", "abl/grpo-fp16-0"])
+def test_where_no_page_can_be_is_refused_alike(tmp_path: Path, runs: str) -> None:
+    for seed in (0, 1):
+        make(tmp_path / "abl", "grpo", "fp16", seed)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for out, words in (
+        ("folder", ["--out folder", "folder/report.html"]),
+        ("page.png", ["--out page.png", "HTML", "--out page.html"]),
+        ("/proc/nowhere/p.html", ["--out /proc/nowhere/p.html", "cannot be written", "Name another"]),
+        ("file/p.html", ["--out file/p.html", "cannot be written"]),
+    ):
+        refused(tenbit("report", runs, "--out", out, "--no-png", cwd=tmp_path), *words)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from test_loop import recipe, rows, saved_tensors
 from tenbit import Recipe, run, train
 from tenbit.checkpoint import complete
 from tenbit.loop import Interrupted
-from tenbit.signals import SIGNALS, WatchSpec
+from tenbit.signals import GO_BACK, SIGNALS, WatchSpec
 from tenbit.studies.watching import totals, watched
 from tenbit.watch import Watch, read_alarms, replay
 
@@ -65,7 +65,7 @@ def test_a_drift_is_raised_once_a_level_at_the_step_that_the_medians_say():
     alarms = replay(series("mismatch__kl_k3", kl), spec())
     for alarm in alarms:
         assert alarm.value == pytest.approx(ratio[alarm.step])
-        assert alarm.remedy == SIGNALS["kl"].remedy
+        assert alarm.remedy == SIGNALS["kl"].remedy + (GO_BACK if alarm.level == "act" else "")
         assert f"{alarm.value:.3g} times" in alarm.reason
     assert [alarm.action for alarm in alarms] == ["", "", "snapshot"]
     assert [alarm.threshold for alarm in alarms] == [2, 3, 5]
@@ -350,7 +350,7 @@ def test_stop_ends_for_good_with_the_model_from_before(model_folder, tmp_path, g
     assert "alarms" in done.stdout
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["model_step"], summary["stopped"]["action"]) == (10, 8, "stop")
-    assert summary["stopped"]["remedy"] == SIGNALS["kl"].remedy
+    assert summary["stopped"]["remedy"] == SIGNALS["kl"].remedy + GO_BACK
     assert (out / "report.html").is_file()
     model, masters = load_file(out / "model" / "model.safetensors"), saved_tensors(out / "checkpoints" / "step-000008")
     now = saved_tensors(out / "checkpoints" / "step-000010")
@@ -463,7 +463,7 @@ def test_the_command(tmp_path):
     done = tenbit("watch", "a", "--json", quieter, cwd=tmp_path)
     tree = json.loads(done.stdout)
     assert (tree["alarms"], tree["outcome"]["collapsed_at"]) == ([], 155)
-    for wrong, words in ((["nowhere"], "holds no metrics"), (["a", "optim.lr=1"], "only keys of [watch]"),
+    for wrong, words in ((["nowhere"], "no such file or folder"), (["a", "optim.lr=1"], "only keys of [watch]"),
                          (["a", "watch.entrop.warn=1"], "did you mean 'entropy'")):  # fmt: skip
         done = tenbit("watch", *wrong, cwd=tmp_path)
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr

@@ -204,7 +204,7 @@ def _one_a_seed(group: Sequence[Member]) -> tuple[list[Member], list[str]]:
     """A rerun of a seed is no second sample: counted is the run that finished, or else the longest."""
     best: dict[Any, Member] = {}
     for m in group:
-        key = m.keys["seed"] if "seed" in m.keys else m.run.folder
+        key = m.keys.get("seed", m.run.folder)
         best[key] = max(best.get(key, m), m, key=_how_far)
     kept = list(best.values())
     remarks = [

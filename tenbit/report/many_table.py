@@ -141,7 +141,7 @@ def _accuracy(s: Summary) -> tuple[str, str]:
         return "–", ""
     mean, half, n = s.accuracy
     shown, remarks = percent(mean), []
-    if half is not None and 0 <= mean - half and mean + half <= 1:
+    if half is not None and mean - half >= 0 and mean + half <= 1:
         shown += f" ± {percent(half)}"
     elif half is not None:
         remarks.append(f"{percent(max(0.0, mean - half), 0)} to {percent(min(1.0, mean + half), 0)}")
