@@ -2,7 +2,7 @@
 
     python benchmarks/study.py --run             the study: hours on two cores; the same command goes on with it
     python benchmarks/study.py --pack runs/study compresses what was run into results/study, which is committed
-    python benchmarks/study.py                   the tables of docs/results.md from there, and results/study.json
+    python benchmarks/study.py                   from there results/study.json, and the tables in docs/
 
 Seeds are equal across cells, so differences are taken within a seed and averaged over seeds (and algorithms), with a
 95% interval by Student's t over the pairs. Every figure comes from `metrics.jsonl.gz`, nothing is kept by hand.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tenbit.studies.ablation_grid import cell_name
 from tenbit.studies.watching import watched
 
 STUDY = RESULTS / "study"
+DOCUMENTS = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "watch.md")]
 RECIPE = Path(__file__).parents[1] / "recipes/cpu/sanity.toml"
 ALGORITHMS = ("pg-is", "grpo", "grpo-token-tis", "grpo-seq-mis", "gspo")
 SEEDS = (0, 1, 2)
@@ -145,6 +147,7 @@ def describe(part: Part, algorithm: str, precision: str) -> dict[str, Any] | Non
 def warned(part: Part) -> dict[str, Any] | None:
     """What early warning does on a part's runs, by the defaults of now: leads before collapse, and false alarms."""
     runs = [watched(folder) for folder in sorted(part.folder.glob("*")) if any(folder.glob("metrics.jsonl*"))]
+    runs = [run for run in runs if run.outcome.kind != "running"]
     if not runs:
         return None
     fallen = [run for run in runs if run.outcome.kind == "collapsed"]
@@ -170,19 +173,20 @@ def claims() -> dict[str, Any]:
         for p in two
         if len(cs := [fmean(c.accuracy for c in x) for a in ALGORITHMS if (x := builtin.seeds(a, p))]) > 1
     }
-    by_algorithm = {
-        a: {"accuracy": difference(found), "area": difference(builtin.paired([a], *two, lambda c: c.area))}
-        for a in ALGORITHMS
-        if (found := builtin.paired([a], *two, lambda c: c.accuracy))
-    }
     cells = [(name, a, p) for name in PARTS for a in ALGORITHMS for p in PRECISIONS]
+    measures: dict[str, Callable[[Cell], float | None]] = {
+        "accuracy": lambda c: c.accuracy, "area": lambda c: c.area, "held_out": lambda c: c.held_out,
+    }  # fmt: skip
+
+    def differences(part: Part, some: Sequence[str]) -> dict[str, Any]:
+        return {m: difference(found) for m, value in measures.items() if (found := part.paired(some, *two, value))}
+
+    by_part = {name: found for name, part in parts.items() if (found := differences(part, ALGORITHMS))}
     return {
         "command": "python benchmarks/study.py",
+        "fp16_minus_bf16": by_part,
         "mismatch_bf16_over_fp16": ratios,
-        "accuracy_fp16_minus_bf16": difference(builtin.paired(ALGORITHMS, *two, lambda c: c.accuracy)),
-        "area_fp16_minus_bf16": difference(builtin.paired(ALGORITHMS, *two, lambda c: c.area)),
-        "held_out_fp16_minus_bf16": difference(builtin.paired(ALGORITHMS, *two, lambda c: c.held_out)),
-        "by_algorithm": by_algorithm,
+        "by_algorithm": {a: found for a in ALGORITHMS if (found := differences(builtin, [a]))},
         "spread_between_algorithms": spread,
         "watch": {name: found for name, part in parts.items() if (found := warned(part))},
         "cells": [row | {"part": n} for n, a, p in cells if (row := describe(parts[n], a, p)) is not None],
@@ -228,26 +232,60 @@ def percent(found: dict[str, Any], signed: bool = False) -> str:
     return f"{found['mean']:{'+' if signed else ''}.1%}{half}"
 
 
-def show(found: dict[str, Any]) -> None:
-    """As in docs/results.md."""
-    print("| part | algorithm | precision | outcomes | accuracy | held out | KL k3 | max abs(π−μ) | s/rollout |")
-    print("|---|---|---|---|---|---|---|---|---|")
+def cells_table(found: dict[str, Any]) -> list[str]:
+    """The cells, as docs/results.md has them."""
+    heads = ("part", "algorithm", "precision", "outcomes", "accuracy", "held out", "KL k3", "largest", "s/rollout")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for c in found["cells"]:
         outcomes = ", ".join(f"{c['outcomes'].count(k)} {k}" for k in dict.fromkeys(c["outcomes"]))
         held_out = percent(c["held_out"]) if c["held_out"] else "–"
-        numbers = f"{c['kl_k3']:.1e} | {c['prob_diff']:.3f} | {c['rollout_seconds']:.2f}"
-        line = (c["part"], c["algorithm"], c["precision"], outcomes, percent(c["accuracy"]), held_out, numbers)
-        print(f"| {' | '.join(line)} |")
-    print()
-    for key in ("accuracy", "area", "held_out"):
-        print(f"{key}, FP16 - BF16: {percent(found[f'{key}_fp16_minus_bf16'], signed=True)}")
-    for name, values in found["by_algorithm"].items():
-        accuracy, area = (percent(values[key], signed=True) for key in ("accuracy", "area"))
-        print(f"  {name}: accuracy {accuracy}, area {area}")
-    print("spread between algorithms:", {k: f"{v:.1%}" for k, v in found["spread_between_algorithms"].items()})
+        numbers = (f"{c['kl_k3']:.1e}", f"{c['prob_diff']:.3f}", f"{c['rollout_seconds']:.2f}")
+        line = (c["part"], c["algorithm"], c["precision"], outcomes, percent(c["accuracy"]), held_out, *numbers)
+        lines.append(f"| {' | '.join(line)} |")
+    return lines
+
+
+def differences_table(found: dict[str, Any]) -> list[str]:
+    """FP16 less BF16, seed by seed."""
+    lines = ["| FP16 − BF16, points | pairs | accuracy | mean accuracy of the run | held out |", "|---" * 5 + "|"]
+    rows = [(f"{name}, all", values) for name, values in found["fp16_minus_bf16"].items()]
+    rows += [(f"builtin, {name}", values) for name, values in found["by_algorithm"].items()]
+    for name, values in rows:
+        shown = (percent(values[key], signed=True) for key in ("accuracy", "area", "held_out"))
+        lines.append(f"| {name} | {values['accuracy']['n']} | {' | '.join(shown)} |")
+    return lines
+
+
+def watch_table(found: dict[str, Any]) -> list[str]:
+    """Early warning over finished runs, as docs/watch.md has it."""
+    heads = ("runs", "finished", "collapsed", "lead of warn", "lead of act", "false alarms: note, warn, act")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, w in found["watch"].items():
-        print(f"watch, {name}: {w['runs']} runs, {w['collapsed']} collapsed, leads {w['lead']}, false {w['false']}")
+        leads = (", ".join("never" if v is None else f"{v}" for v in w["lead"][level]) or "–" for level in LEVELS[1:])
+        false = ", ".join(str(w["false"][level]) for level in LEVELS)
+        lines.append(f"| {name} | {w['runs']} | {w['collapsed']} | {' | '.join(leads)} | {false} |")
+    return lines
+
+
+def show(found: dict[str, Any]) -> None:
+    for lines in (cells_table(found), differences_table(found), watch_table(found)):
+        print(*lines, "", sep="\n")
+    print("spread between algorithms:", {k: f"{v:.1%}" for k, v in found["spread_between_algorithms"].items()})
     print("std of sequence log-ratio, BF16 / FP16:", found["mismatch_bf16_over_fp16"])
+
+
+def written(text: str, tables: dict[str, list[str]]) -> str:
+    """A document with its tables as they are now; each stands between ``<!-- NAME -->`` and ``<!-- end -->``."""
+    for name, lines in tables.items():
+        body = "\n".join(["", *lines, ""])
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, b=body: m[1] + b + "\n" + m[2], text, flags=re.S
+        )
+    return text
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+    return {"cells": cells_table(found), "differences": differences_table(found), "watch": watch_table(found)}
 
 
 def main() -> None:
@@ -262,6 +300,8 @@ def main() -> None:
     found = claims()
     show(found)
     print(write("study", found))
+    for document in DOCUMENTS:
+        document.write_text(written(document.read_text(encoding="utf-8"), tables(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":
