@@ -239,6 +239,9 @@ def _named(cells: list[Cell]) -> list[Cell]:
     return sorted(out, key=_order)
 
 
+_LAST = ("steps", "name")  # they say little of what was tried
+
+
 def _telling(cells: list[Cell]) -> list[str]:
     """Few keys that tell cells of one precision apart, the most telling first. Two keys that always change together
     are not both needed for a name; the page lists all that differ."""
@@ -250,7 +253,7 @@ def _telling(cells: list[Cell]) -> list[str]:
         return len({(cell.precision, *(said(cell, key) for key in keys)) for cell in cells})
 
     while left and apart(chosen) < len(cells):
-        best = min(left, key=lambda key: (-apart([*chosen, key]), key != "optim.lr", key == "name", key))
+        best = min(left, key=lambda key: (key in _LAST, -apart([*chosen, key]), key != "optim.lr", key))
         left.remove(best)
         if apart([*chosen, best]) > apart(chosen):
             chosen.append(best)
