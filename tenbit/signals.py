@@ -108,8 +108,8 @@ SIGNALS: dict[str, Signal] = {
         # Section 4.2: in every run that collapsed the mismatch grew first. It gives no number, and KL's own level
         # depends on model and length, so the ratio to the first steps counts. In pilot runs of the built-in model that
         # learned well (the demo; a learning rate of 5e-5) it falls and its window's median stayed below 1.5; in those
-        # that came apart it reached 2.5 to 5.4, in restless ones 2.5 to 3.9: the ranges overlap. Single steps of 5 to 15
-        # times occur in runs that go on. On other seeds: docs/watch.md, "Measured".
+        # that came apart it reached 2.5 to 5.4, in restless ones 2.5 to 3.9: the ranges overlap. Single steps of 5 to
+        # 15 times occur in runs that go on. On other seeds: docs/watch.md, "Measured".
         Levels(note=2.0, warn=3.0, act=5.0),
         25.0,
         f"{_FP16} if this run does not; else {_LOWER}, or use a correction that cuts off what is far apart "
