@@ -59,8 +59,8 @@ class Cell:
 
     @classmethod
     def read(cls, folder: Path) -> Cell:
-        rows = [r for r in read_rows(next(folder.glob("metrics.jsonl*"))) if r.get("train/accuracy") is not None]
-        return cls(rows, outcome_of(folder))
+        rows = read_rows(next(folder.glob("metrics.jsonl*")))
+        return cls([r for r in rows if r.get("train/accuracy") is not None], outcome_of(folder, rows))
 
     @property
     def accuracy(self) -> float:

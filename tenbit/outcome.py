@@ -53,8 +53,9 @@ class Outcome:
         return asdict(self)
 
 
-def outcome_of(folder: Path) -> Outcome:
-    """Of a run folder, finished or not, compressed or not. Raises ValueError if it holds no run."""
+def outcome_of(folder: Path, rows: Sequence[Row] | None = None) -> Outcome:
+    """Of a run folder, finished or not, compressed or not; `rows` are its metrics, where they are read already. Raises
+    ValueError if it holds no run."""
     metrics = rows_file(folder, "metrics")
     if metrics is None:
         raise ValueError(f"{folder}: no metrics.jsonl here. Name a run folder")
@@ -67,7 +68,8 @@ def outcome_of(folder: Path) -> Outcome:
         wanted = tomllib.loads(recipe.read_text(encoding="utf-8")).get("steps") if recipe.is_file() else None
     except tomllib.TOMLDecodeError:
         wanted = None
-    return judge(read_rows(metrics), None if found and "stopped" not in found else wanted, stopped_by(found))
+    rows = read_rows(metrics) if rows is None else rows
+    return judge(rows, None if found and "stopped" not in found else wanted, stopped_by(found))
 
 
 def stopped_by(summary: Mapping[str, Any]) -> str | None:

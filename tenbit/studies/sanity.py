@@ -64,8 +64,9 @@ def examine(folder: Path) -> tuple[Outcome, dict[str, Any]]:
         cells = sorted(file.parent.name for file in folder.glob("*/metrics.jsonl*"))
         there = f". There are runs in it: {', '.join(cells[:3])}, ..." if cells else ""
         raise ValueError(f"{folder}: no metrics.jsonl here. Name a recipe (.toml), or one run folder{there}")
-    outcome = outcome_of(folder)
-    return outcome, evidence(read_rows(metrics), outcome)
+    rows = read_rows(metrics)
+    outcome = outcome_of(folder, rows)
+    return outcome, evidence(rows, outcome)
 
 
 def evidence(rows: Sequence[Mapping[str, Any]], outcome: Outcome) -> dict[str, Any]:

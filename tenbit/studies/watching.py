@@ -62,7 +62,7 @@ def watched(run: Path, overrides: Sequence[str] = ()) -> Watched:
     file, rows = _rows(run)
     recipe, steps = _recipe(file.parent / "recipe.toml", overrides)
     spec = recipe.watch.model_copy(update={"enabled": True, "signals": recipe.watch.signals or tuple(SIGNALS)})
-    outcome = outcome_of(file.parent) if file.name in METRICS else judge(rows, steps)
+    outcome = outcome_of(file.parent, rows) if file.name in METRICS else judge(rows, steps)
     return Watched(str(run), outcome, replay(rows, spec))
 
 
