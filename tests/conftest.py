@@ -65,6 +65,16 @@ def small_module(family: str = "qwen2", seed: int = 0, **changes):
     return module.eval()
 
 
+@pytest.fixture(scope="module")
+def grader(tmp_path_factory) -> str:
+    """A user's grader that a random model can please: the share of even bytes in its answer."""
+    file = tmp_path_factory.mktemp("grader") / "even.py"
+    file.write_text(
+        "def reward(problem, text):\n    b = text.encode()\n    return sum(x % 2 == 0 for x in b) / max(1, len(b))\n"
+    )
+    return f"{file}:reward"
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """model_folder("llama") -> a folder with a small random model and a byte tokenizer."""

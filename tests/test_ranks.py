@@ -28,16 +28,6 @@ QUIET = Console(file=io.StringIO())
 ROUNDING = ("mismatch/", "correction/")
 
 
-@pytest.fixture(scope="module")
-def grader(tmp_path_factory) -> str:
-    """A user's grader that a random model can please: the share of even bytes in its answer."""
-    file = tmp_path_factory.mktemp("grader") / "even.py"
-    file.write_text(
-        "def reward(problem, text):\n    b = text.encode()\n    return sum(x % 2 == 0 for x in b) / max(1, len(b))\n"
-    )
-    return f"{file}:reward"
-
-
 def run_recipe(model_folder, grader: str, **changes) -> Recipe:
     wanted = {"steps": 4, "task__grader": grader, "algorithm__name": "grpo-token-tis", "checkpoint__keep": 99}
     return recipe(model_folder(), **(wanted | changes))

@@ -269,16 +269,6 @@ class Drifting:
                 for c in self._engine.generate(prompts, sampling)]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def grader(tmp_path_factory) -> str:
-    """A user's grader that a random model can please: the share of even bytes in its answer."""
-    file = tmp_path_factory.mktemp("grader") / "even.py"
-    file.write_text(
-        "def reward(problem, text):\n    b = text.encode()\n    return sum(x % 2 == 0 for x in b) / max(1, len(b))\n"
-    )
-    return f"{file}:reward"
-
-
 @pytest.fixture
 def drifting(monkeypatch):
     real = run.make_engine

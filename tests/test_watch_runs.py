@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from test_cli import tenbit
 from test_loop import recipe, rows
-from test_watch import QUIET, drifting, faulty, found, grader, recorded, row, series, spec
+from test_watch import QUIET, drifting, faulty, found, recorded, row, series, spec
 
 from tenbit import Recipe, loop, train
 from tenbit.checkpoint import Checkpoints, Progress
@@ -21,7 +21,7 @@ from tenbit.studies.watching import totals, watched
 from tenbit.types import EngineFailed
 from tenbit.watch import Lookout, read_alarms, replay
 
-FIXTURES = (drifting, grader)
+FIXTURES = (drifting,)
 STRICT = {"warmup": 1, "window": 3, "signals": ["gap"], "gap": {"note": 1e-12, "warn": 1e-12, "act": 1e-12}}
 
 
