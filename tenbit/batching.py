@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tenbit.routing import padded
 from tenbit.types import Batch, Completion, Problem, Rollout, Totals
 
 
@@ -96,6 +97,7 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> Batch:
         mask=mask,
         logp_rollout=logp,
         advantage=torch.tensor([r.advantage for r in rows], dtype=torch.float32),
+        experts=padded([c.experts for c in completions], width),
     )
 
 

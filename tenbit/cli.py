@@ -253,6 +253,30 @@ def probe(
 
 
 @app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="'builtin', a model folder or name, or a run folder")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="a recipe's keys, such as precision.head=fp32")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="problems: a shipped set, a file")] = None,
+    precision: Annotated[str | None, typer.Option(help="what is judged  [fp16, or the recipe's]")] = None,
+    prompts: Annotated[int | None, typer.Option(help="problems  [32]")] = None,
+    samples: Annotated[int | None, typer.Option(help="answers to each problem  [2]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="the longest answer  [256]")] = None,
+    template: Annotated[str | None, typer.Option(help="plain, chat, r1-distill, ... or a text  [plain]")] = None,
+    seed: Annotated[int | None, typer.Option(help="decides problems and answers  [0]")] = None,
+    apply: Annotated[Path | None, typer.Option(metavar="RECIPE", help="write it with the remedies")] = None,
+    out: Annotated[Path | None, typer.Option(help="a new folder; else runs/audit")] = None,
+) -> None:
+    """Is this model safe in FP16? Weights, activations, gradients; names modules and remedies. Status 1 if unsafe."""
+    from tenbit.studies.audit import audit_command
+
+    options = {"data": data, "prompts": prompts, "samples": samples, "max_tokens": max_tokens} | {"template": template}
+    if audit_command(model, {**options, "seed": seed}, precision, apply, overrides or [], out).verdict.kind == "unsafe":
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/dense_14b.toml")],
     overrides: Annotated[

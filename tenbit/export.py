@@ -1,18 +1,24 @@
-"""The model a run ends with: one Hugging Face folder, from any backend, in the format that was rolled out."""
+"""The model a run ends with: one Hugging Face folder, from any backend, in the format that was rolled out.
+
+Of a run with an adapter, also the adapter alone, in PEFT's format and in FP32.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tenbit import world
 from tenbit.backends import Backend
 from tenbit.checkpoint import replace_folder
 from tenbit.models.loading import Model, first_names
+from tenbit.models.lora import Adapter, peft_config, peft_name
 from tenbit.precision import Precision
 
 
@@ -27,10 +33,34 @@ def export(folder: Path, model: Model, backend: Backend, precision: Precision) -
     state: dict[str, Tensor] = {}
     for name, weight in backend.weights(dtype):
         if world.is_first():
-            tensor = precision.rolled_out(weight)
+            tensor = precision.rolled_out(name, weight)
             known = state.get(first.get(name, name))
             state[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else None) if known is None else known
     world.first(lambda: _write(folder, model, state, dtype))
+
+
+def export_adapter(folder: Path, model: Model, backend: Backend, base: str) -> None:
+    """The FP32 adapter as PEFT has it: for ``PeftModel.from_pretrained(model, folder)``, and for vLLM. On all ranks.
+
+    It belongs to the model at `base` with its weights rounded to the format that the run computed in.
+    """
+    assert model.adapter is not None
+    state: dict[str, Tensor] = {}
+    for name, factor in backend.weights(None, "trained"):
+        if world.is_first():
+            state[peft_name(name)] = factor.to("cpu", copy=True).contiguous()
+    world.first(lambda: _write_adapter(folder, model.adapter, state, base))
+
+
+def _write_adapter(folder: Path, adapter: Adapter | None, state: dict[str, Tensor], base: str) -> None:
+    assert adapter is not None
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    save_file(state, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft_config(adapter.spec, state, base)
+    (draft / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    replace_folder(draft, folder)
 
 
 def _write(folder: Path, model: Model, state: dict[str, Tensor], dtype: torch.dtype) -> None:

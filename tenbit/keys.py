@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -63,5 +63,6 @@ def keys_of(root: type[BaseModel], section: Sequence[Any]) -> list[str]:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if field is None:
             return []
-        model = field.annotation
+        inside = [t for t in get_args(field.annotation) if hasattr(t, "model_fields")]  # of an optional section
+        model = inside[0] if inside else field.annotation
     return list(getattr(model, "model_fields", {}))

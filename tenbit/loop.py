@@ -20,13 +20,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
 
-from tenbit import algorithms, mismatch, world
+from tenbit import algorithms, mismatch, routing, world
 from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import Algorithm
 from tenbit.backends import LossFunction, StepStats
@@ -34,8 +35,9 @@ from tenbit.batching import Row, collate, micro_batches, split_evenly, totals
 from tenbit.checkpoint import MOST_KEPT, Progress, load, step_of
 from tenbit.clock import Clock
 from tenbit.evaluate import evaluate
-from tenbit.export import export
+from tenbit.export import export, export_adapter
 from tenbit.mismatch import Mismatch
+from tenbit.models.experts import Routes, routed, routers
 from tenbit.recipe import Recipe
 from tenbit.rollout import rows
 from tenbit.run import Run, open_run
@@ -197,7 +199,11 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
         for i, (batches, total) in enumerate(updates):
             at_theta_old = i == 0 and not algorithm.needs_old
             loss = loss_of(algorithm, total, measured if at_theta_old else None)
-            stats += [run.backend.accumulate(batch, loss) for batch in batches]
+            for batch in batches:
+                with routes_of(run, batch) as routes:
+                    stats.append(run.backend.accumulate(batch, loss))
+                if i == 0 and routes.chosen is not None and batch.experts is not None:  # at theta', as the mismatch
+                    stats.append(routing.compare(routes.chosen.cpu(), batch.experts))
             if step == 1 and i == 0:
                 recipe.precision.verify(run.backend.live())  # gradients; they are gone after the step
             steps.append(run.backend.step())
@@ -244,11 +250,24 @@ def make_updates(groups: Sequence[list[Row]], run: Run) -> list[Update]:
     return updates
 
 
+def routes_of(run: Run, batch: Batch) -> AbstractContextManager[Routes]:
+    """A mixture's routing during a pass over this batch: seen, and replayed where the recipe says so."""
+    if run.recipe.rollout.replay and batch.experts is None and bool(batch.mask.any()):
+        raise EngineFailed(
+            f"rollout.replay = true, but rollout.engine = {run.recipe.rollout.engine!r} did not say which experts it "
+            "chose. Set rollout.replay = false, or rollout.engine = 'torch'"
+        )
+    return routed(routers(run.model.module), batch.experts if run.recipe.rollout.replay else None)
+
+
 def score_old(run: Run, updates: Sequence[Update], measured: list[Mismatch]) -> list[Update]:
     """Adds log pi(y | theta') to every batch, before the first gradient step; so it is also what is measured."""
     scored = []
     for batches, total in updates:
-        old = [run.backend.logprobs(batch).cpu() for batch in batches]
+        old = []
+        for batch in batches:
+            with routes_of(run, batch):
+                old.append(run.backend.logprobs(batch).cpu())
         measured += [mismatch.measure(o, b.logp_rollout, b.mask) for o, b in zip(old, batches, strict=True)]
         scored.append(([b.with_old(o) for o, b in zip(old, batches, strict=True)], total))
     return scored
@@ -320,6 +339,8 @@ def finish(run: Run, kept: Path | None = None, alarm: Alarm | None = None) -> No
             load(kept, run.backend)
         stopped = {"stopped": alarm.tree(), "model_step": step_of(kept)}
     export(run.folder / "model", run.model, run.backend, run.recipe.precision)
+    if run.model.adapter is not None:
+        export_adapter(run.folder / "adapter", run.model, run.backend, run.recipe.model.path)
     run.checkpoints.wait()  # a summary says that the run is finished
     done = {"steps": run.progress.step, "precision": run.recipe.precision.name, "algorithm": run.recipe.algorithm.name}
     done |= stopped

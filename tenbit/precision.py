@@ -2,16 +2,19 @@
 
     Precision.parse("fp16")           training and rollout in FP16, FP32 master weights, dynamic loss scaling
     Precision.parse("bf16/fp32")      training / rollout, as in the paper's ablation (section 4.4, Figure 5)
+    Precision.parse("fp16/fp8")       the weights that are rolled out rounded to FP8; all computing in FP16
     Precision.parse({"preset": "fp16", "casting": "autocast"})      the table form reaches the parts
 
 A plan that could disagree with itself (an export in another format than was rolled out, 16-bit logits, FP16
 without loss scaling) is refused when it is made. `rows` prints it, `verify` holds it against live tensors.
-Formats are Table 1 of arXiv 2510.26788; the loss scale's rules are its section 3.2.
+What it says about a model's inside (`router`, `fp32`, `residual_scale`) is done by `models/fit.py`, on both sides.
+Formats are Table 1 of arXiv 2510.26788; the loss scale's rules are in `loss_scale.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Any, Literal
@@ -19,6 +22,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+
+from tenbit.loss_scale import LossScale, Scale
 
 
 class Format(StrEnum):
@@ -70,50 +75,13 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-LARGEST_SCALE = 2.0**127  # the loss and its scale are FP32
+FP8 = "fp8"  # e4m3, for weights only: what engines quantise to
+_NOT_ROUNDED = ("embed", "lm_head", "wte.", "wpe.", ".gate.", "router")  # left alone by engines that quantise
 
-
-class LossScale(_Value):
-    """Dynamic loss scaling (section 3.2): lowered at once on an overflow, raised after `interval` clean steps."""
-
-    initial: float = Field(65536.0, ge=1.0)
-    growth: float = Field(2.0, gt=1.0)
-    backoff: float = Field(0.5, gt=0.0, lt=1.0)
-    interval: int = Field(2000, ge=1)
-
-
-class Scale:
-    """The loss scale S as a run moves it, by the rules that `torch.amp.GradScaler` has too.
-
-    It is given a step's outcome and looks at no gradient: that one overflowed on any rank shows in their common norm,
-    which every step needs anyway, so agreeing on it costs nothing and all ranks move alike.
-    """
-
-    def __init__(self, rules: LossScale | None) -> None:
-        self._rules = rules
-        self.value, self.clean_steps = (rules.initial if rules else 1.0), 0
-
-    @property
-    def moves(self) -> bool:
-        return self._rules is not None
-
-    def update(self, skipped: bool) -> None:
-        """Lowered at once when a step was skipped, raised after `interval` that were not."""
-        if self._rules is None:
-            return
-        self.clean_steps = 0 if skipped else self.clean_steps + 1
-        if skipped:
-            self.value *= self._rules.backoff
-        elif self.clean_steps == self._rules.interval:
-            self.value, self.clean_steps = min(self.value * self._rules.growth, LARGEST_SCALE), 0
-
-    def restore(self, value: float, clean_steps: int) -> None:
-        """As a checkpoint kept it."""
-        if self._rules is not None:
-            self.value, self.clean_steps = value, clean_steps
-
-
-_PRESET_HELP = "write 'fp16', 'bf16', 'fp32', a training/rollout pair such as 'bf16/fp32', or a table with a 'preset'"
+_PRESET_HELP = (
+    "write 'fp16', 'bf16', 'fp32', a training/rollout pair such as 'bf16/fp32' or 'fp16/fp8', or a table with a "
+    "'preset'"
+)
 
 
 class Precision(_Value):
@@ -134,6 +102,18 @@ class Precision(_Value):
     rollout_bits: int | None = Field(
         None, ge=1, description="weights are rounded to so many mantissa bits before they are rolled out; for studies"
     )
+    rollout_weights: Literal["fp8"] | None = Field(
+        None, description="linear layers' weights are rounded to FP8 (e4m3, a scale per row) before they are rolled out"
+    )
+    router: Literal["fp32", "model"] = Field(
+        "fp32", description="a mixture's choice of experts: in FP32 on both sides, or in the format of its side"
+    )
+    fp32: tuple[str, ...] = Field(
+        (), description="modules that compute in FP32 on both sides, such as model.layers.3.mlp"
+    )
+    residual_scale: float = Field(
+        1.0, gt=0, le=1, description="the residual stream is carried times this, on both sides; the function stays"
+    )
     sync: Format = Field(description="weights on their way to the engine")
     export: Format = Field(description="the model folder a run ends with")
     loss_scale: LossScale | None = Field(None, description="for FP16 gradients only")
@@ -150,9 +130,10 @@ class Precision(_Value):
         preset = plan.pop("preset", None)
         if preset is not None:
             train, _, rollout = str(preset).partition("/")
+            rollout = f"{train}~{FP8}" if rollout == FP8 else rollout
             rollout, coarse, bits = rollout.partition("~")
             if coarse:
-                plan.setdefault("rollout_bits", bits)
+                plan.setdefault("rollout_weights" if bits == FP8 else "rollout_bits", bits)
             known = [f.value for f in Format]
             for part in (train, rollout or train):
                 if part not in known:
@@ -214,16 +195,32 @@ class Precision(_Value):
                 f"precision.sync = {self.sync.value!r} would round the weights to another format than the engine's "
                 f"{self.rollout.value!r}; set it to {self.rollout.value!r} or 'fp32'."
             )
-        if self.rollout_bits is not None and self.rollout_bits >= self.rollout.mantissa_bits:
-            raise ValueError(
-                f"precision.rollout_bits = {self.rollout_bits}: {self.rollout.value!r} has no more than "
-                f"{self.rollout.mantissa_bits} mantissa bits, so nothing would be rounded. Lower it, or remove the key."
-            )
         if self.export != self.rollout:
             raise ValueError(
                 f"precision.export = {self.export.value!r}, but the policy that was rolled out and trained for is in "
                 f"{self.rollout.value!r}: exporting another format reopens the gap. Remove the key."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _agree_inside(self) -> Precision:
+        """The same of what is done to weights and inside the model."""
+        if self.rollout_bits is not None and self.rollout_bits >= self.rollout.mantissa_bits:
+            raise ValueError(
+                f"precision.rollout_bits = {self.rollout_bits}: {self.rollout.value!r} has no more than "
+                f"{self.rollout.mantissa_bits} mantissa bits, so nothing would be rounded. Lower it, or remove the key."
+            )
+        if self.rollout_bits is not None and self.rollout_weights is not None:
+            raise ValueError(
+                "precision.rollout_bits and precision.rollout_weights both round weights. Remove one of them."
+            )
+        if math.frexp(self.residual_scale)[0] != 0.5:
+            raise ValueError(
+                f"precision.residual_scale = {self.residual_scale:g}: only a power of two (0.5, 0.25, ...) changes no "
+                f"number's mantissa. Take {2.0 ** math.floor(math.log2(self.residual_scale)):g}."
+            )
+        if self.fp32 and self.compute == self.rollout == Format.FP32:
+            raise ValueError(f"precision.fp32 = {list(self.fp32)}: everything is computed in FP32. Remove the key.")
         return self
 
     @classmethod
@@ -232,10 +229,22 @@ class Precision(_Value):
 
     @property
     def name(self) -> str:
-        """``fp16`` or ``bf16/fp32``: training, then rollout where it differs; ``fp16/fp16~4``: rounded to 4 bits."""
-        coarse = f"~{self.rollout_bits}" if self.rollout_bits is not None else ""
-        train, rollout = self.compute.value, self.rollout.value + coarse
-        return train if train == rollout else f"{train}/{rollout}"
+        """``fp16`` or ``bf16/fp32``: training, then rollout if it differs; rounded: ``fp16/fp16~4``, ``fp16/fp8``."""
+        rounded = self.rollout_weights or self.rollout_bits
+        train, rollout = self.compute.value, self.rollout.value
+        if rounded is None:
+            return train if train == rollout else f"{train}/{rollout}"
+        return f"{train}/{rounded}" if rounded == FP8 and train == rollout else f"{train}/{rollout}~{rounded}"
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether other weights are rolled out than are trained, beyond the cast."""
+        return self.rollout_bits is not None or self.rollout_weights is not None
+
+    @property
+    def alters(self) -> bool:
+        """Whether a dense model computes otherwise than its own code says, apart from its head."""
+        return bool(self.fp32) or self.residual_scale != 1
 
     @property
     def has_copy(self) -> bool:
@@ -288,20 +297,26 @@ class Precision(_Value):
     def to_engine(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Casts master weights once, to the format they travel in."""
         for name, tensor in named:
-            yield name, self.rolled_out(tensor).to(self.sync.dtype) if tensor.is_floating_point() else tensor.detach()
+            held = self.rolled_out(name, tensor)
+            yield name, held.to(self.sync.dtype) if held.is_floating_point() else held
 
-    def rolled_out(self, tensor: Tensor) -> Tensor:
-        """A weight as the rollout policy has it, before the cast: rounded to `rollout_bits`, half to even, if set."""
-        if self.rollout_bits is None or not tensor.is_floating_point():
-            return tensor.detach()
-        mantissa, exponent = torch.frexp(tensor.detach().to(self.master.dtype))  # 0.5 <= |mantissa| < 1
-        unit = 2.0 ** (self.rollout_bits + 1)
-        return torch.ldexp(torch.round(mantissa * unit) / unit, exponent).to(tensor.dtype)
+    def rolled_out(self, name: str, tensor: Tensor) -> Tensor:
+        """A weight as the rollout policy has it, before the cast; ``[..., out, in]`` for linear layers and experts."""
+        tensor = tensor.detach()
+        if not tensor.is_floating_point() or not self.rounds_weights:
+            return tensor
+        exact = tensor.to(self.master.dtype)
+        if self.rollout_bits is not None:
+            return _to_bits(exact, self.rollout_bits).to(tensor.dtype)
+        apart = tensor.dim() < 2 or any(part in name for part in _NOT_ROUNDED)
+        return tensor if apart else _to_fp8(exact).to(tensor.dtype)
 
     @property
     def spacing(self) -> float:
         """Of the numbers around 1, in the coarsest format that either policy computes with."""
         coarse = 2.0**-self.rollout_bits if self.rollout_bits is not None else 0.0
+        if self.rollout_weights is not None:
+            coarse = torch.finfo(_E4M3).eps
         return max(self.compute.epsilon, self.rollout.epsilon, coarse)
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -310,10 +325,8 @@ class Precision(_Value):
         table = []
         for key in fields:
             value = getattr(self, key)
-            if isinstance(value, LossScale):
-                shown = f"{value.initial:g}, ×{value.growth:g} after {value.interval}, ×{value.backoff:g} on overflow"
-            else:
-                shown = "none" if value is None else str(getattr(value, "value", value))
+            shown = ", ".join(value) if isinstance(value, tuple) else str(getattr(value, "value", value))
+            shown = "none" if value is None or value == () else shown
             table.append((key, shown, fields[key].description or ""))
         return table
 
@@ -341,3 +354,21 @@ class Precision(_Value):
                 )
             seen[part] = seen.get(part, 0) + 1
         return seen
+
+
+_E4M3 = torch.float8_e4m3fn
+
+
+def _to_bits(exact: Tensor, bits: int) -> Tensor:
+    """Rounded to `bits` mantissa bits, half to even, whatever the exponent."""
+    mantissa, exponent = torch.frexp(exact)  # 0.5 <= |mantissa| < 1
+    unit = 2.0 ** (bits + 1)
+    return torch.ldexp(torch.round(mantissa * unit) / unit, exponent)
+
+
+def _to_fp8(exact: Tensor) -> Tensor:
+    """Rounded to e4m3 after each row of its last dimension is scaled to that format's range, and scaled back."""
+    largest = torch.finfo(_E4M3).max
+    scale = exact.abs().amax(-1, keepdim=True) / largest
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (exact / scale).clamp(-largest, largest).to(_E4M3).to(exact.dtype) * scale

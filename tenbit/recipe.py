@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tenbit.advantages import ADVANTAGES
 from tenbit.algorithms import ALGORITHMS, CISPO, PG, Algorithm, Reduction
 from tenbit.keys import explain, one_of, override
+from tenbit.lora_spec import LoraSpec
 from tenbit.precision import Precision
 from tenbit.signals import WatchSpec
 from tenbit.types import Sampling
@@ -96,6 +97,7 @@ class RolloutSpec(_Section):
     ray: RaySpec = Field(default_factory=lambda: RaySpec.model_validate({}))
     ahead: int = Field(0, ge=0, description="steps that sampling may be ahead of training; 0: strictly on-policy")
     rescored: int = Field(16, ge=1, description="with ahead: responses a step scored again under the weights they had")
+    replay: bool = Field(False, description="a mixture's experts as chosen at sampling are used again in training")
     prompts: int = Field(64, ge=1)
     samples: int = Field(8, ge=1, description="G, responses per prompt")
     max_tokens: int = Field(ge=1, description="the longest response; Dr.GRPO's constant")
@@ -252,6 +254,7 @@ class Recipe(_Section):
     log_samples: int = Field(4, ge=0, description="responses written to samples.jsonl at every step")
     precision: Precision = Field(default_factory=lambda: Precision.parse("fp16"))
     model: ModelSpec = Field(default_factory=lambda: ModelSpec.model_validate({}))
+    lora: LoraSpec | None = Field(None, description="low-rank adapters; None: all weights are trained")
     task: TaskSpec = Field(default_factory=lambda: TaskSpec.model_validate({}))
     rollout: RolloutSpec
     algorithm: AlgorithmSpec = Field(default_factory=lambda: AlgorithmSpec.model_validate({}))
@@ -290,8 +293,10 @@ class Recipe(_Section):
             raise ValueError(
                 f"eval.every = {self.eval.every}, but eval.data names no set. Add one, or set eval.every = 0"
             )
-        for spec in self.compare.precisions:
-            Precision.parse(spec)
+        plans = [self.precision, *map(Precision.parse, self.compare.precisions)]
+        if self.lora is not None:
+            tensor = self.rollout.vllm.options.get("tensor_parallel_size", 1)
+            self.lora.refuse(self.rollout.engine, tensor, any(plan.rounds_weights for plan in plans))
         return self
 
     @property
@@ -308,7 +313,7 @@ class Recipe(_Section):
     def sampling(self, stop_token_ids: Sequence[int]) -> Sampling:
         """How training samples."""
         r = self.rollout
-        return Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, tuple(stop_token_ids))
+        return Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, tuple(stop_token_ids), experts=True)
 
     def eval_sampling(self, stop_token_ids: Sequence[int]) -> Sampling:
         """How evaluation samples."""

@@ -39,6 +39,8 @@ from tenbit.console import plan_table
 from tenbit.engines.choose import check_engine
 from tenbit.folder import locked
 from tenbit.models import loading
+from tenbit.models.experts import refuse_replay
+from tenbit.models.lora import Adapter, described, is_adapter
 from tenbit.prompts import Asked, ask, ask_evals
 from tenbit.recipe import ModelSpec, Recipe
 from tenbit.run import NO_CHECKPOINT, find_folder, find_start, make_grader, refuse_comparison
@@ -75,13 +77,16 @@ def rehearse(recipe: Recipe, out: Path | None = None, resume: bool = False) -> R
     start, found = find_start(recipe, folder, resume)
     if found is not None:
         refuse_damaged(folder, found, recipe)
-    model = loading.load_outline(at_hand(recipe), recipe.rollout.stop_tokens)
+    model = loading.load_outline(at_hand(recipe), recipe.rollout.stop_tokens, Adapter.of(recipe))
+    if recipe.rollout.replay:
+        refuse_replay(model.module)
     train = ask(recipe.task.data, recipe, model, recipe.rollout.max_tokens, recipe.task.limit)
     evals = ask_evals(recipe, model)
     with make_grader(recipe):
         pass
     lacking = []
     for check in (
+        lambda: check_weights(recipe.model),
         lambda: check_engine(recipe.rollout),
         lambda: check_backend(recipe.backend, recipe.precision, model.device),
     ):
@@ -90,6 +95,16 @@ def rehearse(recipe: Recipe, out: Path | None = None, resume: bool = False) -> R
         except ValueError as error:
             lacking.append(str(error))
     return Rehearsal(recipe, folder, model, train, evals, lacking, start, found, resume)
+
+
+def check_weights(spec: ModelSpec) -> None:
+    """Raises ValueError for a folder of the user's without weights, which a dry run does not read."""
+    folder = Path(spec.path).expanduser()
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        raise ValueError(
+            f"model.path = {spec.path!r}: the folder holds a configuration but no weights (*.safetensors); the checks "
+            "above needed none. Complete the download"
+        )
 
 
 def try_folder(folder: Path) -> None:
@@ -195,7 +210,7 @@ def rows(found: Rehearsal) -> list[tuple[str, str]]:
     recipe, rollout, optim = found.recipe, found.recipe.rollout, found.recipe.optim
     responses = rollout.prompts * rollout.samples
     module = found.model.module
-    size = sum(p.numel() for p in module.parameters())
+    size = sum(p.numel() for name, p in module.named_parameters() if not is_adapter(name))
     longest = max(len(a.ids) for a in found.train)
     seen = recipe.steps * rollout.prompts / len(found.train)  # groups that are dropped come on top
     passes = "two passes" if recipe.algorithm.build().needs_old else "one pass"
@@ -204,6 +219,7 @@ def rows(found: Rehearsal) -> list[tuple[str, str]]:
     model = f"{module.config.model_type}, {size:,} parameters, context {found.model.context:,}, {found.model.device}"
     out = [
         ("model", f"{recipe.model.path}: {model}"),
+        *([("adapter", described(module, found.recipe.lora))] if found.recipe.lora else []),
         ("problems", f"{len(found.train):,} of {recipe.task.data}, prompts up to {longest:,} tokens"),
         (
             "sampling",

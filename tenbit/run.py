@@ -30,6 +30,8 @@ from tenbit.engines.choose import make_engine
 from tenbit.engines.spread import pool_of, spread, team_of
 from tenbit.folder import check_same, choose_folder, locked, make_folder
 from tenbit.models import loading
+from tenbit.models.experts import refuse_replay, unseen
+from tenbit.models.lora import Adapter, described
 from tenbit.prompts import Asked, ask, ask_evals
 from tenbit.recipe import Recipe
 from tenbit.rollout import Policy, ProblemStream
@@ -70,7 +72,9 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
     world.together(lambda: _refuse(recipe))
     folder = world.first(lambda: find_folder(recipe, out, resume))
     console = console or default_console()
-    model = loading.load(recipe.model, recipe.rollout.stop_tokens, shared=world.size() > 1)
+    shared = world.size() > 1
+    model = loading.load(recipe.model, recipe.rollout.stop_tokens, shared=shared, adapter=Adapter.of(recipe))
+    world.together(lambda: refuse_replay(model.module) if recipe.rollout.replay else None)
     limit, longest = recipe.task.limit, recipe.rollout.max_tokens
     train = world.together(lambda: ask(recipe.task.data, recipe, model, longest, limit))
     evals = world.together(lambda: ask_evals(recipe, model))
@@ -82,8 +86,14 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
         world.together(lambda: _see_folder(folder))
         start, found = world.first(lambda: _start(recipe, folder, resume, console))
         runlog = stack.enter_context(world.together(lambda: _open_log(recipe, folder, resume, start, console)))
+        on_gpu_vllm = recipe.rollout.engine != "torch" and model.device.type == "cuda" and not recipe.rollout.replay
+        if why := unseen(model.module, on_gpu_vllm):
+            runlog.console.print(Text(f"routing/: not compared: {why}", style="dim"), soft_wrap=True)
         lookout = world.together(lambda: _open_lookout(recipe, folder, resume, start, console))
         world.first(lambda: write_comparison(recipe, model, train, folder, runlog))
+        if recipe.lora is not None:
+            about = Text(f"adapter  {described(model.module, recipe.lora)}", style="dim")
+            world.first(lambda: console.print(about, soft_wrap=True))
         updates = recipe.steps * recipe.optim.updates
         temperature = recipe.rollout.temperature
         backend = make_backend(model, recipe.precision, recipe.optim, temperature, updates, recipe.backend)
@@ -98,7 +108,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
             pool = pool_of(engine)
             alone = Policy(pool, model.tokenizer, grader, sampling, divided=False) if pool is not None else None
             held = checkpoint.load_held(found) if found and world.is_first() else None
-            ahead = Ahead(alone, stream, recipe, backend, canary, model.pad_token_id, start, held)
+            ahead = Ahead(alone, stream, recipe, backend, canary, model, start, held)
             sampler = stack.enter_context(contextlib.closing(ahead))
         checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep, step_of(found) if found else None)
         yield Run(recipe, folder, model, policy, backend, sampler, evals, runlog, canary, checkpoints, start, lookout)

@@ -36,6 +36,8 @@ from tenbit.checkpoint import Progress
 from tenbit.clock import Clock
 from tenbit.engines import Engine
 from tenbit.mismatch import Mismatch
+from tenbit.models.experts import routed, routers
+from tenbit.models.loading import Model
 from tenbit.recipe import Recipe
 from tenbit.rollout import Collected, Policy, ProblemStream, collect
 from tenbit.types import Completion, Problem, Rollout
@@ -99,7 +101,7 @@ class OnPolicy:
 
 def deliver(engine: Engine, backend: Backend, recipe: Recipe, canary: Canary, version: int) -> None:
     """The masters, cast once by the plan, into the engine, and proof of it; their version is the steps done."""
-    named = recipe.precision.to_engine(backend.weights(recipe.precision.sync.dtype))
+    named = recipe.precision.to_engine(backend.weights(recipe.precision.sync.dtype, engine.wants))
     engine.load_weights(named, version)
     canary.prove(engine, backend)
 
@@ -125,12 +127,13 @@ class Ahead:
         recipe: Recipe,
         backend: Backend,
         canary: Canary,
-        pad_token_id: int,
+        model: Model,
         start: Progress,
         held: Any = None,
     ) -> None:
         self._policy, self._stream, self._recipe = policy, stream, recipe
-        self._backend, self._canary, self._pad = backend, canary, pad_token_id
+        self._backend, self._canary, self._pad = backend, canary, model.pad_token_id
+        self._routers = routers(model.module)
         self._lag = recipe.rollout.ahead
         self._start = start.step
         self._ready = {step: _supply(plain) for step, plain in enumerate(held or (), start.step + 1)}
@@ -254,7 +257,8 @@ class Ahead:
         plan = micro_batches([r.length for r in rows], self._recipe.optim.token_budget, world.size())
         for part in plan[world.rank()]:
             batch = collate([rows[i] for i in part], self._pad)
-            logp = self._backend.logprobs(batch).cpu()
+            with routed(self._routers, batch.experts if self._recipe.rollout.replay else None):
+                logp = self._backend.logprobs(batch).cpu()
             mine |= {i: logp[place][batch.mask[place]].clone() for place, i in enumerate(part)}
         every = {i: logp for share in world.gather(mine) for i, logp in share.items()}
         return [every[i] for i in range(len(completions))]

@@ -34,7 +34,7 @@ class Sampling:
     """How responses are drawn. `top_k` 0 and `top_p` 1 truncate nothing.
 
     A response ends with the first of `stop_token_ids`, which belongs to the response and has a log-probability
-    like any other token, or after `max_tokens` tokens.
+    like any other token, or after `max_tokens` tokens. `experts` asks a mixture's engine which experts each token took.
     """
 
     max_tokens: int
@@ -42,6 +42,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    experts: bool = False
 
     @property
     def truncated(self) -> bool:
@@ -67,7 +68,8 @@ class Completion:
     `response_ids` holds T ids, a stop token included; `logp` is ``[T]`` float32 on the CPU: log mu of each of
     them under the distribution that was sampled from (temperature and truncation applied). `version` counts the
     weight updates the engine had received, `repaired` the tokens whose log-probability was not finite and was scored
-    again.
+    again. `experts` are those that a mixture's routers chose, ``[tokens, layers, k]`` int16 on the CPU, for the prompt
+    and the response but its last token, which was never an input; None where nobody asked, or the engine cannot say.
     """
 
     prompt_ids: tuple[int, ...]
@@ -76,6 +78,7 @@ class Completion:
     finish: Finish
     version: int = 0
     repaired: int = 0
+    experts: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -104,6 +107,7 @@ class Batch:
     logp_rollout    [B, T] float32, log mu(y_t | theta'), 0 outside the mask
     advantage       [B]    float32
     logp_old        [B, T] float32, log pi(y_t | theta'), or None for objectives that do not need it
+    experts         [B, L, layers, k] int16, those that each token took at sampling, -1 where unknown; or None
     """
 
     tokens: Tensor
@@ -112,6 +116,7 @@ class Batch:
     logp_rollout: Tensor
     advantage: Tensor
     logp_old: Tensor | None = None
+    experts: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

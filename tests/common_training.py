@@ -14,7 +14,9 @@ from tenbit.algorithms import ALGORITHMS
 from tenbit.backends import Backend, StepStats
 from tenbit.backends.choose import make_backend
 from tenbit.batching import Row, collate, micro_batches, totals
+from tenbit.lora_spec import LoraSpec
 from tenbit.models.loading import Model
+from tenbit.models.lora import Adapter
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
 from tenbit.types import Batch, Completion, Problem, Rollout, Stats, merge
@@ -35,23 +37,33 @@ def fixed_rows(count: int = 11, seed: int = 0) -> list[Row]:
     return rows
 
 
-def fresh_model(family: str = "qwen2", checkpointing: bool = False, device: str = "cpu", **changes: Any) -> Model:
+def fresh_model(family: str = "qwen2", checkpointing: bool = False, device: str = "cpu",
+                adapter: Adapter | None = None, **changes: Any) -> Model:  # fmt: skip
     """A small model on the CPU; on ranks other than the first it is on meta, as `loading.load` makes it."""
     module = small_module(family, **changes).train()
+    if adapter is not None:
+        adapter.inject(module)
+        chance = torch.Generator().manual_seed(0)
+        for name, p in module.named_parameters():
+            if "lora_B" in name:  # zeros would leave A without a gradient
+                p.data.normal_(std=0.05, generator=chance)
     if checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not world.is_first():
         module.to("meta")
         module.tie_weights()
-    return Model(module, byte_tokenizer(), (256,), 257, 512, torch.device(device))
+    return Model(module, byte_tokenizer(), (256,), 257, 512, torch.device(device), adapter)
 
 
 def fresh_backend(plan: Any = "fp32", family: str = "qwen2", checkpointing: bool = False, lr: float = 1e-3,
-                  shape: dict[str, Any] | None = None, device: str = "cpu", **spec: Any) -> Backend:  # fmt: skip
+                  shape: dict[str, Any] | None = None, device: str = "cpu", lora: dict[str, Any] | None = None,
+                  **spec: Any) -> Backend:  # fmt: skip
     # eps as large as gradients: AdamW's g / (|g| + eps) would otherwise magnify the rounding of tiny gradients
     optim = OptimSpec.model_validate({"lr": lr, "eps": 1e-3, "warmup": 2})
-    model = fresh_model(family, checkpointing, device, **(shape or {}))
-    return make_backend(model, Precision.parse(plan), optim, 1.0, UPDATES, BackendSpec.model_validate(spec))
+    precision = Precision.parse(plan)
+    adapter = None if lora is None else Adapter(LoraSpec(**lora), 0, precision.compute)
+    model = fresh_model(family, checkpointing, device, adapter, **(shape or {}))
+    return make_backend(model, precision, optim, 1.0, UPDATES, BackendSpec.model_validate(spec))
 
 
 def one_step(

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A suite started in the background inherits an ignored Ctrl-C, and so would the runs it interrupts.
@@ -51,9 +51,14 @@ def byte_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
 
 
 def small_config(family: str, **changes):
-    kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
-    extra = {"head_dim": 16} if family == "qwen3" else {}
-    return kinds[family](**{**SIZES, **extra, "tie_word_embeddings": family == "qwen2", **changes})
+    """Of any family that transformers knows, by its model_type."""
+    extra = {"head_dim": 16} if family.startswith(("qwen3", "gemma")) else {}
+    if family in ("gemma2", "gemma3_text"):
+        extra |= {"query_pre_attn_scalar": 16}
+    if family == "qwen3_moe":
+        extra |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    tied = family == "qwen2" or family.startswith("gemma")
+    return AutoConfig.for_model(family, **{**SIZES, **extra, "tie_word_embeddings": tied, **changes})
 
 
 def small_module(family: str = "qwen2", seed: int = 0, **changes):

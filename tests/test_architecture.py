@@ -22,8 +22,8 @@ def relative(path: Path) -> str:
 
 FLOORS: list[set[str]] = [
     {"types", "world", "native", "vigil"},
-    {"precision", "algorithms", "advantages", "mismatch", "batching"},
-    {"keys", "signals", "recipe", "models", "tasks"},
+    {"precision", "loss_scale", "algorithms", "advantages", "mismatch", "routing", "batching"},
+    {"keys", "signals", "lora_spec", "recipe", "models", "tasks"},
     {"engines", "backends"},
     {
         "canary",
@@ -49,7 +49,7 @@ FLOORS: list[set[str]] = [
     {"report", "studies"},
     {"cli", "listings", "__init__", "__main__"},
 ]
-MATHEMATICS = {"types", "precision", "algorithms", "advantages", "mismatch", "batching"}
+MATHEMATICS = {"types", "precision", "loss_scale", "algorithms", "advantages", "mismatch", "routing", "batching"}
 SYSTEMS = {"transformers", "datasets", "peft", "tokenizers", "vllm", "ray", "deepspeed", "torch.distributed"}
 IN_ONE_FILE = ("vllm", "ray", "deepspeed")
 

@@ -15,7 +15,7 @@ from test_cli import tenbit
 from tenbit import Recipe
 from tenbit.cli import app
 from tenbit.precision import Precision
-from tenbit.studies import evaluation_plan, perfectible_plan, probe_plan
+from tenbit.studies import audit_plan, evaluation_plan, perfectible_plan, probe_plan
 from tenbit.studies.ablation import make_grid
 from tenbit.tasks.datasets import shipped
 from tenbit.tasks.templates import find_template
@@ -95,6 +95,8 @@ recipes
 report RUN
 probe builtin --prompts 4 --samples 2 --out runs/probe
 evaluate builtin --data arithmetic_test --limit 8 --samples 2 --out runs/scores
+audit MODEL --data FILE --out runs/audit
+audit MODEL --data FILE --apply recipes/sanity.toml
 train recipes/demo.toml rollout.engine=vllm
 plan recipes/dense_14b.toml --gpus 64 --memory 80
 train recipes/sanity.toml rollout.engine=vllm
@@ -206,8 +208,14 @@ def _probe(given: dict[str, Any]) -> None:
     probe_plan.make_plan(given["model"], data=data, **options, overrides=given["overrides"] or [])
 
 
+def _audit(given: dict[str, Any]) -> None:
+    options = {key: given[key] for key in ("data", "prompts", "samples", "max_tokens", "template", "seed")}
+    target = ROOT / given["apply"] if given["apply"] else None
+    audit_plan.make_plan(given["model"], options, given["precision"], target, given["overrides"] or [])
+
+
 REFUSED = typer.BadParameter.__mro__[2]  # what the command line raises, click's ClickException
-PLANS = {"evaluate": _evaluate, "perfectible": _perfectible, "probe": _probe}
+PLANS = {"audit": _audit, "evaluate": _evaluate, "perfectible": _perfectible, "probe": _probe}
 EVERY = [(p, words) for p in PAGES for words in commands_of(p.read_text())]
 
 

@@ -376,8 +376,8 @@ def test_one_that_is_not_finite_is_scored_again_and_counted(load, monkeypatch):
         whole = engine.generate(some_prompts(3), Sampling(12))
         complete = type(engine)._completion
 
-        def broken(self, prompt, drawn, sampling, version):
-            c = complete(self, prompt, drawn, sampling, version)
+        def broken(self, prompt, drawn, sampling, version, *more):
+            c = complete(self, prompt, drawn, sampling, version, *more)
             if prompt.seed == 101:
                 c.logp[[2, 5]] = torch.tensor([math.nan, -math.inf])
             return c

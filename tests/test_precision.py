@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tenbit.backends.masters import Masters
-from tenbit.precision import Format, LossScale, Precision
+from tenbit.loss_scale import LossScale
+from tenbit.precision import Format, Precision
 from tenbit.recipe import OptimSpec
 
 PRESETS = ["fp16", "bf16", "fp32"]
@@ -121,6 +122,11 @@ def test_table_form_reaches_the_parts():
         ({"preset": "fp16", "sync": "bf16"}, "precision.sync", "set it to 'fp16' or 'fp32'"),
         ({"preset": "fp16", "export": "bf16"}, "precision.export", "Remove the key"),
         ({"preset": "bf16/fp16", "export": "bf16"}, "precision.export", "Remove the key"),
+        ({"preset": "fp16", "residual_scale": 0.3}, "precision.residual_scale", "Take 0.25"),
+        ({"preset": "fp16", "residual_scale": 2.0}, "residual_scale", "less than or equal to 1"),
+        ({"preset": "fp32", "fp32": ["model.layers.0.mlp"]}, "precision.fp32", "Remove the key"),
+        ({"preset": "fp16", "rollout_bits": 3, "rollout_weights": "fp8"}, "precision.rollout_bits", "Remove one"),
+        ({"preset": "fp16", "loss_scale": {"limit": 1024.0}}, "precision.loss_scale.initial", "raise the other"),
     ],
 )
 def test_impossible_plans_are_refused_with_key_and_remedy(plan, key: str, remedy: str):
@@ -445,7 +451,7 @@ def test_rolled_out_weights_are_rounded_half_to_even(bits):
     values = torch.cat(
         [torch.randn(300, generator=generator), torch.tensor([0.0, -0.0, 1.0, 1.5, 1.75, 2.25, -3.5, 1e-4])]
     )
-    got = plan.rolled_out(values)
+    got = plan.rolled_out("w", values)
     assert got.tolist() == [rounded(v, bits) for v in values.tolist()]
     (_, sent), (_, ids) = plan.to_engine([("w", values), ("ids", torch.arange(3))])
     assert torch.equal(sent, got.half())
@@ -456,7 +462,38 @@ def test_three_bits_are_those_of_fp8_e4m3():
     values = torch.randn(500, generator=torch.Generator().manual_seed(0)).clamp(-400, 400)
     normal = values.abs() > 2.0**-6
     expected = values[normal].to(torch.float8_e4m3fn).float()
-    assert torch.equal(Precision.parse("fp16/fp16~3").rolled_out(values[normal]), expected)
+    assert torch.equal(Precision.parse("fp16/fp16~3").rolled_out("w", values[normal]), expected)
+
+
+def test_the_loss_scale_grows_to_its_limit_and_not_beyond():
+    rules = {"initial": 1024.0, "interval": 1, "limit": 3000.0}
+    scale = Precision.parse({"preset": "fp16", "loss_scale": rules}).scaler()
+    seen = [scale.value]
+    for skipped in (False, False, False, True, False, False):
+        scale.update(skipped)
+        seen.append(scale.value)
+    assert seen == [1024.0, 2048.0, 3000.0, 3000.0, 1500.0, 3000.0, 3000.0]
+    scale.restore(65536.0, 0)  # from before the limit was set
+    scale.update(False)
+    assert scale.value == 65536.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("fp16/fp8", "fp16/fp8"),
+        ("bf16/fp8", "bf16/fp8"),
+        ("fp16/fp16~fp8", "fp16/fp8"),
+        ("bf16/fp16~fp8", "bf16/fp16~fp8"),
+        ({"preset": "fp16", "rollout_weights": "fp8"}, "fp16/fp8"),
+    ],
+)
+def test_fp8_rollouts_have_a_name_that_gives_the_plan_back(spec, name):
+    plan = Precision.parse(spec)
+    assert plan.name == name
+    assert Precision.parse(name) == plan
+    assert plan.spacing == 2.0**-3
+    assert plan.compute == Precision.parse(name.partition("/")[0]).compute, "training is untouched"
 
 
 def test_a_rounded_rollout_has_its_own_name_and_is_refused_where_it_rounds_nothing():

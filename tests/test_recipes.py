@@ -69,6 +69,7 @@ FAMILIES = {
     "Qwen3-14B-Base": "qwen3",
     "Qwen3-30B-A3B-Base": "qwen3_moe",
     "OctoThinker-3B-Hybrid-Base": "llama",
+    "Qwen2.5-Math-1.5B": "qwen2",
 }
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 
@@ -163,6 +164,7 @@ def smaller(models, tmp_path, monkeypatch):
 def test_there_is_a_recipe_for_every_setting():
     assert {name_of(f) for f in RECIPES} >= {
         "demo.toml", "sanity.toml", "octothinker_3b.toml", "dense_14b.toml", "moe_30b.toml", "dapo.toml",
+        "lora.toml", "cpu/lora.toml",
         "cpu/sanity.toml", "cpu/dapo.toml",
     }  # fmt: skip
 
@@ -253,6 +255,16 @@ def test_octothinker_is_the_authors_script():
     assert (recipe.optim.lr, recipe.optim.schedule) == (1e-6, "constant")
     assert (recipe.algorithm.name, recipe.task.template) == ("grpo", "r1-zero")
     assert (recipe.eval.data, recipe.eval.every, recipe.eval.samples) == (("math500",), 50, 1)
+
+
+def test_lora_is_section_5_2():
+    large, small = (Recipe.load(ROOT / "recipes" / name) for name in ("lora.toml", "cpu/lora.toml"))
+    for recipe in (large, small):
+        assert recipe.lora is not None
+        assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (32, 64, "all-linear")
+        assert recipe.algorithm.name == "grpo-token-tis"
+    assert (large.optim.lr, large.optim.schedule) == (4e-5, "constant")
+    assert large.model.path.endswith("Qwen2.5-Math-1.5B")
 
 
 def test_the_small_ones_keep_what_is_not_size():

@@ -110,6 +110,8 @@ class Staged:
 class LocalPool:
     """The built-in engine, asked chunk by chunk as a pool's engines are. `on_generate(pool, prompts)` may misbehave."""
 
+    wants = "model"
+
     def __init__(self, engine, on_generate):
         self._engine, self._on_generate = engine, on_generate
         self.version: int | None = None

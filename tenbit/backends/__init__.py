@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ Read = Callable[[dict[str, Tensor]], None]
 """Fills tensors in place from a checkpoint, by name; they may be whole or shards."""
 
 
+Share = Literal["model", "parts", "trained"]
+"""Which weights: the model's own, adapters merged in; frozen ones and adapters apart; those that are trained alone.
+Where all weights are trained the three are the same."""
+
+
 class Backend(Protocol):
     """Scores and trains one model. Batches may be on the CPU; results are where the model is."""
 
@@ -62,8 +67,9 @@ class Backend(Protocol):
         """Unscale, clip, update, unless a gradient overflowed; then start the next sum of gradients."""
         ...
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None, share: Share = "model") -> Iterator[tuple[str, Tensor]]:
         """The FP32 masters as a full state dict, tied tensors under every name they have, cast to `dtype` if given.
+        Frozen weights may come in the format that they are held in.
 
         On several ranks each tensor is gathered when it is asked for, and every rank must ask for all of them; no
         more than one is held.

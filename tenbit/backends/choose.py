@@ -6,6 +6,7 @@ import torch
 
 from tenbit import world
 from tenbit.backends import Backend
+from tenbit.backends.adapted import Adapted
 from tenbit.backends.single import SingleBackend
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
@@ -42,10 +43,15 @@ def check_backend(spec: BackendSpec, precision: Precision, device: torch.device)
 def make_backend(
     model: Model, precision: Precision, optim: OptimSpec, temperature: float, updates: int, spec: BackendSpec
 ) -> Backend:
-    """Takes over `model` (on several ranks: rank 0's weights). `updates` is the gradient steps of the whole run.
+    """Takes over `model` (on several ranks: rank 0's weights). `updates` is the gradient steps of the whole run."""
+    backend = _make(model, precision, optim, temperature, updates, spec)
+    return backend if model.adapter is None else Adapted(backend, model.adapter)
 
-    DeepSpeed is imported here, and only when it is asked for.
-    """
+
+def _make(
+    model: Model, precision: Precision, optim: OptimSpec, temperature: float, updates: int, spec: BackendSpec
+) -> Backend:
+    """DeepSpeed is imported here, and only when it is asked for."""
     name = backend_name(spec)
     if name == "single":
         return SingleBackend(model, precision, optim, temperature, updates)

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from tenbit import world
-from tenbit.backends import LossFunction, Read, StepStats, TrainerState
+from tenbit.backends import LossFunction, Read, Share, StepStats, TrainerState
 from tenbit.backends.masters import Skips, adamw
 from tenbit.backends.scorer import Scorer
 from tenbit.backends.zero import BUCKET, PARTS, Held, gathered, part, sent, shape
 from tenbit.models import fused
+from tenbit.models.fit import fit, fit_loaded
 from tenbit.models.loading import Model, buffers_of
 from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
@@ -63,6 +64,7 @@ class DeepSpeedBackend:
         self._scale, self._skips = precision.scaler(), Skips(precision)
         config = _config(precision, optim, spec, sum(p.numel() for p in model.module.parameters()))
         library = _library(model.device)
+        world.together(lambda: (fit_loaded if world.is_first() else fit)(model.module, precision))
         # a layer's kernel reads its weights without the calls that make ZeRO 3 gather them
         kernels = {} if self._sharded else world.first(lambda: fused.fusable(model.module))
         originals = _spread(model, precision.copy_format.dtype, library, config if self._sharded else None)
@@ -117,15 +119,18 @@ class DeepSpeedBackend:
         return StepStats(norm, scale, skipped, lr)
 
     @torch.no_grad()
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None, share: Share = "model") -> Iterator[tuple[str, Tensor]]:
         names: dict[int, list[str]] = {}
         for name, p in self._module.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
         for _, p in self._module.named_parameters():
+            if share == "trained" and not p.requires_grad:
+                continue
             tensor = self._whole(p, dtype)
             for name in names[id(p)]:
                 yield name, tensor
-        yield from self._buffers.items()
+        if share != "trained":
+            yield from self._buffers.items()
 
     def _whole(self, p: Any, dtype: torch.dtype | None) -> Tensor:
         """A master cast to `dtype`, on every rank. Where that is the weights' own format, it is taken from them."""
@@ -140,7 +145,9 @@ class DeepSpeedBackend:
         for name, p in self._params.items():
             for key, tensor in self._held.mine(p).items():
                 yield ("master", name, tensor) if key == "master" else ("optimizer", f"{name}.{key}", tensor)
-            yield "copy", name, p.ds_tensor if self._sharded else p
+        for name, p in self._module.named_parameters():
+            held: Any = p  # frozen ones, too
+            yield "copy", name, held.ds_tensor if self._sharded else held
         for name, total in self._held.gradients():
             yield "gradient", name, total
         head, row = Head.of(self._module, self._precision.head_dtype("train")), torch.zeros(1, 1)

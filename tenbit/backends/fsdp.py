@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tenbit import world
-from tenbit.backends import LossFunction, Read, StepStats, TrainerState
+from tenbit.backends import LossFunction, Read, Share, StepStats, TrainerState
 from tenbit.backends.masters import Masters, whole
 from tenbit.backends.scorer import Scorer, decoder_layers, own_name
 from tenbit.models import fused
+from tenbit.models.fit import fit, fit_loaded
 from tenbit.models.loading import Model, buffers_of, first_names
 from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
@@ -38,6 +39,8 @@ from tenbit.types import Batch, Stat, Stats
 
 # true of fused layers, and of no consequence: nothing writes into a hidden state
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+UNEVEN = 1.02  # a rank may hold this much of its share
 
 
 class FsdpBackend:
@@ -54,9 +57,13 @@ class FsdpBackend:
     ) -> None:
         self._module, self._device, self._precision = model.module, model.device, precision
         self._mesh = init_device_mesh(model.device.type, (world.size(),))
+        world.together(lambda: (fit_loaded if world.is_first() else fit)(model.module, precision))
         kernels = world.first(lambda: fused.fusable(model.module))
         self._scorer = Scorer(model.module, precision.head_dtype("train"), temperature)
         self._units = [*decoder_layers(model.module), self._scorer]
+        for p in model.module.parameters():
+            if not p.requires_grad:  # needs no FP32 shards: it is held, gathered and sent as it is computed with
+                p.data = p.data.to(precision.copy_format.dtype)
         weights = _take_weights(model.module)
         _shard(self._units, self._mesh, precision, spec)
         _spread(model.module, weights, self._mesh, torch.device("cpu") if spec.offload else model.device, model.device)
@@ -103,12 +110,15 @@ class FsdpBackend:
         for unit in self._units:
             unit.reshard()
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None, share: Share = "model") -> Iterator[tuple[str, Tensor]]:
         for name, p in self._every.items():
+            if share == "trained" and not p.requires_grad:
+                continue
             tensor = _gathered(p, dtype, self._device)
             yield name, tensor
             yield from ((other, tensor) for other, first in self._first.items() if first == name)
-        yield from self._buffers.items()
+        if share != "trained":
+            yield from self._buffers.items()
 
     @torch.no_grad()
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -161,12 +171,32 @@ def _take_weights(module: Any) -> dict[str, Tensor]:
     return weights
 
 
+def placement(shape: Sequence[int], ranks: int) -> Shard | None:
+    """The dimension that is divided over ranks; None is FSDP's own choice, the first.
+
+    Five experts ``[5, 2I, D]`` on two ranks would be three and two, and six on four ranks two, two, two and none. Where
+    the fullest rank held so much more than its share, another dimension is divided, if there is one that comes out even
+    (FSDP divides no other than the first unevenly).
+    """
+    first = shape[0] if shape else 1
+    if -(-first // ranks) * ranks <= UNEVEN * first:
+        return None
+    return next((Shard(i) for i, size in enumerate(shape) if size % ranks == 0), None)
+
+
 def _shard(units: list[Any], mesh: DeviceMesh, precision: Precision, spec: BackendSpec) -> None:
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if spec.offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(**precision.fsdp())
     for unit in units:  # the whole comes last, and holds what the layers do not: embedding, last norm, head
         keep = spec.reshard and unit is not units[-1]
-        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=keep)
+        fully_shard(
+            unit,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=keep,
+            shard_placement_fn=lambda p: placement(p.shape, mesh.size()),
+        )
         unit.set_reshard_after_backward(spec.reshard)  # else they stay until the step
         unit.set_gradient_divide_factor(1.0)  # losses are divided by global totals: gradients add up over ranks
         unit.set_force_sum_reduction_for_comms(True)

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from tenbit.backends import LossFunction, Read, StepStats, TrainerState
+from tenbit.backends import LossFunction, Read, Share, StepStats, TrainerState
 from tenbit.backends.masters import Masters
+from tenbit.models.fit import fit_loaded
 from tenbit.models.fused import fuse
 from tenbit.models.loading import Model, buffers_of
 from tenbit.models.logprobs import Head, batch_logprobs
@@ -35,6 +36,7 @@ class SingleBackend:
         self._device = model.device
         self._precision = precision
         self._temperature = temperature
+        fit_loaded(self._module, precision)
         named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         self._params = named
         self._buffers = buffers_of(self._module)
@@ -96,17 +98,20 @@ class SingleBackend:
             for name, p in self._params.items():
                 p.copy_(self._masters.tensors[name])
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None, share: Share = "model") -> Iterator[tuple[str, Tensor]]:
         by_param = {id(p): self._masters.tensors[name] for name, p in self._params.items()}
         for name, p in self._module.named_parameters(remove_duplicate=False):
+            if share == "trained" and not p.requires_grad:
+                continue
             master = by_param.get(id(p), p).detach()
             yield name, master if dtype is None else master.to(dtype)
-        yield from self._buffers.items()
+        if share != "trained":
+            yield from self._buffers.items()
 
     @torch.no_grad()
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
         yield from self._masters.live()
-        for name, p in self._params.items():
+        for name, p in self._module.named_parameters():
             yield "copy", name, p
         masters = self._masters.tensors
         sums = self._sums or {name: m.grad for name, m in masters.items() if m.grad is not None}

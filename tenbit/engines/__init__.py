@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from torch import Tensor
 
 from tenbit.types import Completion, Prompt, Sampling
 
+Wanted = Literal["model", "parts", "trained"]
+"""What an engine takes: a model's own weights; frozen ones and an adapter apart; the adapter alone."""
+
 
 class Engine(Protocol):
     """Draws responses and scores tokens under the weights it last received. A context manager."""
+
+    @property
+    def wants(self) -> Wanted:
+        """What its next `load_weights` is to be given: with an adapter, frozen weights are sent once."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts."""
@@ -23,8 +31,8 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes a full state dict. ValueError on a missing or unknown name, Overflow on weights that are not finite,
-        Undelivered where the engine can tell that it holds something else than was sent.
+        """Takes all of what it `wants`. ValueError on a missing or unknown name, Overflow on weights that are not
+        finite, Undelivered where the engine can tell that it holds something else than was sent.
         """
         ...
 

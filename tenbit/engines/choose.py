@@ -51,4 +51,5 @@ def make_engine(
         device=model.device,
         max_batch=rollout.max_batch,
         pad_token_id=model.pad_token_id,
+        adapter=model.adapter if model.adapter is not None and model.adapter.apart else None,
     )

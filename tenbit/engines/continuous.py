@@ -27,8 +27,11 @@ Draw = Callable[[Tensor, Tensor, Sampling], tuple[Tensor, Tensor]]
 class Runner(Protocol):
     """An architecture's forward passes over a cache of rows [0, n)."""
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Empties the cache and makes it ready for that many rows of at most `length` tokens."""
+    def reserve(self, rows: int, length: int, experts: bool = False) -> None:
+        """Empties the cache and makes it ready for that many rows of at most `length` tokens.
+
+        `experts`: also to record which experts tokens take, where the architecture has any and the runner knows them.
+        """
         ...
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Any, Tensor]]:
@@ -45,6 +48,10 @@ class Runner(Protocol):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Feeds one token ``[n]`` to each row; logits ``[n, V]`` after it."""
+        ...
+
+    def experts(self, row: int) -> Tensor | None:
+        """What `Completion.experts` holds, of all tokens that were fed to a row; None if it was not recorded."""
         ...
 
 
@@ -166,12 +173,12 @@ def run(
     draw: Draw,
     uniforms: Callable[[int, int], Tensor],
     device: torch.device,
-) -> list[tuple[list[int], Tensor]]:
-    """(response ids, log-probabilities) for each prompt. Overflow where logits are not finite."""
-    results: list[tuple[list[int], Tensor]] = [([], torch.empty(0))] * len(prompts)
+) -> list[tuple[list[int], Tensor, Tensor | None]]:
+    """(response ids, log-probabilities, experts) for each prompt. Overflow where logits are not finite."""
+    results: list[tuple[list[int], Tensor, Tensor | None]] = [([], torch.empty(0), None)] * len(prompts)
     groups = _groups(prompts)
     width = min(max_batch, len(prompts))
-    runner.reserve(width, max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens)
+    runner.reserve(width, max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens, sampling.experts)
     rows = _Rows(width, sampling, device)
 
     def settle(status: list[int], first: int) -> None:
@@ -187,7 +194,7 @@ def run(
                     f"token {len(ids)} are not finite. The weights or activations have most likely overflowed the "
                     "rollout format: set precision to 'bf16' or 'fp32', or look at the training run's gradient norms."
                 )
-            results[request] = (ids, logp)
+            results[request] = (ids, logp, runner.experts(row))
             gone.add(row)
         if gone:
             left = _packed(len(rows), gone)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tenbit.precision import Format
 from tenbit.types import Undelivered
 
 _BLOCK = 1 << 18  # elements that are summed at a time; also the period of the table of weights
@@ -305,6 +306,19 @@ def compare(sent: Mapping[str, Sent], reports: Sequence[Report], tied: Mapping[s
         raise _undelivered(extra[0], "the engine received it, but it was never sent")
     if unwritten:
         raise _undelivered(unwritten[0], "a weight of the engine's model was not written (its name in the engine)")
+
+
+def formats(reports: Iterable[Report]) -> Iterator[tuple[str, Tensor]]:
+    """(name, empty tensor of its shape and dtype) of all that was installed: an engine may pack the values.
+
+    vLLM's CPU kernels add biases in FP32; such a bias holds the numbers of the rollout format and is left out.
+    """
+    wider = str(Format.FP32.dtype).removeprefix("torch.")
+    for report in reports:
+        for name, parts in report.parts.items():
+            for part in parts:
+                if not (name.endswith("bias") and part.dtype == wider):
+                    yield name, torch.empty(part.part[0], dtype=getattr(torch, part.dtype), device="meta")
 
 
 def _undelivered(name: str, what: str) -> Undelivered:

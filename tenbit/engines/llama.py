@@ -157,7 +157,10 @@ class LlamaRunner:
 
     # --- the cache: [layers, rows, kv_heads, capacity, head_dim], of which rows [0, n) are in use
 
-    def reserve(self, rows: int, length: int) -> None:
+    def experts(self, row: int) -> None:
+        """A Llama-like model has none."""
+
+    def reserve(self, rows: int, length: int, experts: bool = False) -> None:
         self._limit = length
         self.lengths = []
         self.position = torch.empty(0, dtype=torch.int64, device=self.device)

@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tenbit.engines import Engine, ray_cluster
+from tenbit.engines import Engine, Wanted, ray_cluster
 from tenbit.engines import sampling as sampler
 from tenbit.engines.ray_pool import Pool, Seat, Task, Weights
 from tenbit.engines.ray_worker import BUCKET, Bucket, Order, Worker, pack
@@ -117,6 +117,8 @@ class RayEngine:
 
     # --- weights
 
+    wants: Wanted = "model"
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`stage`, then `install`. The weights before are let go of first, so that two never fill the store."""
         self.version = None
@@ -204,6 +206,8 @@ class RayEngine:
 
 class _Member:
     """One engine of a pool. Weights it takes only together with the others; the pool closes it."""
+
+    wants: Wanted = "model"
 
     def __init__(self, pool: RayEngine, seat: Seat) -> None:
         self._pool, self._seat = pool, seat

@@ -18,7 +18,7 @@ from typing import Self
 from torch import Tensor
 
 from tenbit import world
-from tenbit.engines import Engine
+from tenbit.engines import Engine, Wanted
 from tenbit.engines.vllm_ranks import team_size
 from tenbit.recipe import RolloutSpec
 from tenbit.types import Completion, EngineFailed, Prompt, Sampling
@@ -48,6 +48,11 @@ class _Collective:
     """What both kinds share: `own` is this rank's engine, if it has one."""
 
     own: Engine | None
+
+    @property
+    def wants(self) -> Wanted:
+        """The same on every rank: they load together, and fail together."""
+        return self.own.wants if self.own is not None else "model"  # a pool's
 
     @property
     def _own(self) -> Engine:

@@ -25,11 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from tenbit.engines import compiled, continuous, native
+from tenbit.engines import Wanted, compiled, continuous, native
 from tenbit.engines import sampling as sampler
 from tenbit.engines.generic import GenericRunner
 from tenbit.engines.llama import LlamaRunner, unsupported
 from tenbit.engines.ops import PlainOps, shape_of
+from tenbit.models.fit import fit
+from tenbit.models.lora import Adapter, is_adapter
 from tenbit.precision import Format, Precision
 from tenbit.types import Completion, Overflow, Prompt, Sampling
 
@@ -64,7 +66,11 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 
 
 class TorchEngine:
-    """An `Engine` over a `transformers` model. `path` forces a way of computing, for tests and comparisons."""
+    """An `Engine` over a `transformers` model. `path` forces a way of computing, for tests and comparisons.
+
+    With an `adapter` it computes as the trainer does, W x + s B A x, in the rollout format. Then it `wants` frozen
+    weights and adapter apart, and, once it holds the frozen ones, the adapter alone.
+    """
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class TorchEngine:
         max_batch: int = 256,
         pad_token_id: int = 0,
         path: Path = "auto",
+        adapter: Adapter | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch = {max_batch}: the engine needs room for at least one sequence.")
@@ -82,6 +89,11 @@ class TorchEngine:
         self.precision, self.max_batch = precision, max_batch
         self.version: int | None = None
         self._module = _empty_module(config, precision, self.device)
+        self._adapter, self._has_base = adapter, False
+        if adapter is not None:
+            adapter.mount(self._module)
+            self._module.requires_grad_(False)
+        fit(self._module, precision)
         self._text = self._module.config.get_text_config()
         self._draw: continuous.Draw = sampler.draw
         self.path, self._runner = self._make_runner(path, pad_token_id)
@@ -89,7 +101,8 @@ class TorchEngine:
 
     def _make_runner(self, path: Path, pad_token_id: int) -> tuple[Path, LlamaRunner | GenericRunner]:
         head = self.precision.head_dtype("rollout")
-        reason = unsupported(self._module.config)
+        reason = unsupported(self._module.config) if self._adapter is None else "it has an adapter"
+        reason = reason or ("parts of it are altered by the precision plan" if self.precision.alters else None)
         if path == "generic" or (path == "auto" and reason is not None):
             log.info("sampling through transformers' own forward (%s)", reason or "as asked")
             return "generic", GenericRunner(self._module, self.device, pad_token_id, head)
@@ -117,6 +130,10 @@ class TorchEngine:
 
     # --- weights
 
+    @property
+    def wants(self) -> Wanted:
+        return "model" if self._adapter is None else "trained" if self._has_base else "parts"
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copies a full state dict in place. Names as in the module's own; of tied weights one name is enough.
 
@@ -124,6 +141,8 @@ class TorchEngine:
         refuses to sample until a load succeeds.
         """
         self.version = None
+        alone = self.wants == "trained"
+        self._has_base = alone
         known = {**dict(self._module.named_buffers()), **self._named}
         filled: dict[int, str] = {}
         unknown: list[str] = []
@@ -143,7 +162,8 @@ class TorchEngine:
                     continue
                 own.copy_(tensor)
                 filled[id(own)] = name
-            missing = [name for name, own in self._named.items() if id(own) not in filled]
+            wanted = {name: own for name, own in self._named.items() if not alone or is_adapter(name)}
+            missing = [name for name, own in wanted.items() if id(own) not in filled]
             if unknown or missing:
                 raise ValueError(
                     "the weights do not fit the engine's model: "
@@ -156,6 +176,7 @@ class TorchEngine:
                 )
             self._refuse_overflow({name: known[name] for name in filled.values()})
             self._runner.refresh()
+        self._has_base = self._adapter is not None
         self.version = version
 
     def _refuse_overflow(self, tensors: Mapping[str, Tensor]) -> None:
@@ -236,8 +257,9 @@ class TorchEngine:
                 logp=logp,
                 finish="stop" if ids[-1] in sampling.stop_token_ids else "length",
                 version=version,
+                experts=experts,
             )
-            for prompt, (ids, logp) in zip(prompts, drawn, strict=True)
+            for prompt, (ids, logp, experts) in zip(prompts, drawn, strict=True)
         ]
 
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: Sampling) -> list[Tensor]:

@@ -19,8 +19,11 @@ import contextlib
 import copy
 import gc
 import importlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,8 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tenbit import world
+from tenbit.engines import Wanted
 from tenbit.engines import sampling as sampler
-from tenbit.engines.delivery import Report, Sent, checksum, compare
+from tenbit.engines.delivery import Report, Sent, checksum, compare, formats
+from tenbit.engines.vllm_experts import Routing
+from tenbit.engines.vllm_fit import register
+from tenbit.engines.vllm_lora import Apart
 from tenbit.engines.vllm_ranks import Team, as_if_alone, executor, is_guest, team_size
 from tenbit.engines.vllm_start import (
     arguments,
@@ -41,6 +48,7 @@ from tenbit.engines.vllm_start import (
     refuse_differences,
     refuse_gaps,
     refuse_shared_classes,
+    refuse_tokens,
     root_cause,
     shared_file,
     tied_names,
@@ -48,7 +56,8 @@ from tenbit.engines.vllm_start import (
 )
 from tenbit.engines.vllm_watch import Watch
 from tenbit.models.loading import Model
-from tenbit.precision import Format, Precision
+from tenbit.models.lora import plain
+from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
 from tenbit.types import Completion, EngineFailed, Overflow, Prompt, Sampling, Undelivered
 
@@ -69,8 +78,9 @@ class VllmEngine:
         self._spec = rollout.vllm
         self._context = min(longest or model.context, model.context)
         self._vocabulary = model.vocabulary
-        self._names = {name: t.shape for name, t in model.module.state_dict().items()}
-        self._tied = tied_names(model)
+        self._names = {name: t.shape for name, t in plain(model.module.state_dict().items())}
+        self._tied, self._routing = tied_names(model), Routing(model)
+        self._apart = Apart(model, model.adapter, precision) if model.adapter and model.adapter.apart else None
         self._gpu = model.device.type == "cuda"
         self._asleep = False
         self._team = Team(team_size(self._spec))
@@ -99,8 +109,12 @@ class VllmEngine:
 
     # --- weights
 
+    @property
+    def wants(self) -> Wanted:
+        return "model" if self._apart is None else "trained" if self._apart.has_base else "parts"
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Installs a full state dict in place and proves that it arrived.
+        """Installs a full state dict, or an adapter, in place and proves that it arrived.
 
         Raises ValueError on missing or unknown names, Overflow on weights that are not finite in the rollout format,
         Undelivered if the engine holds anything else than was sent; it then refuses to sample until a load succeeds.
@@ -110,9 +124,23 @@ class VllmEngine:
         self._wake("weights")
         if not self._asleep and not first:
             self._marker()  # fills the cache under the old weights, for the trial below
-        sent: dict[str, Sent] = {}
         refused: list[Exception] = []
-        named = iter(named_tensors)
+        named = iter(named_tensors) if self._apart is None else self._apart.divert(named_tensors, refused)
+        installed = self._installed if self.wants == "trained" else self._whole(named, refused, first)
+        list(named)  # an adapter that comes alone
+        if refused:
+            raise refused[0]
+        if self._apart is not None:
+            self._apart.install(self._call, self._llm, importlib.import_module("vllm.lora.request").LoRARequest)
+        self._wake("kv_cache")
+        self._asleep = False
+        self._forget()
+        self._installed = installed
+        self.version = version
+
+    def _whole(self, named: Iterator[tuple[str, Tensor]], refused: list[Exception], first: bool) -> list[Report]:
+        """All weights of the model, proven to be there."""
+        sent: dict[str, Sent] = {}
         installed = self._team.reports(lambda: self._install(self._checked(named, sent, refused)), named)
         if refused:
             raise refused[0]
@@ -121,11 +149,7 @@ class VllmEngine:
             compare(sent, installed, self._tied)
         except Undelivered as error:
             raise Undelivered(f"{error}{_NOT_FOLLOWED}" if first else str(error)) from None
-        self._wake("kv_cache")
-        self._asleep = False
-        self._forget()
-        self._installed = installed
-        self.version = version
+        return installed
 
     def _checked(
         self, named: Iterable[tuple[str, Tensor]], sent: dict[str, Sent], refused: list[Exception]
@@ -177,8 +201,8 @@ class VllmEngine:
         """Gives the GPU's memory back until the next `load_weights`; on a CPU there is nothing to give back."""
         if self._gpu and self._spec.sleep and not self._asleep:
             self.version = None
-            # the weights will be sent anew, so they need not be kept
-            self._call("going to sleep", self._llm.sleep, level=2)
+            # the weights will be sent anew, so they need not be kept; but a base is sent once
+            self._call("going to sleep", self._llm.sleep, level=2 if self._apart is None else 1)
             self._asleep = True
 
     def _wake(self, what: str) -> None:
@@ -187,17 +211,9 @@ class VllmEngine:
             self._call("waking up", self._llm.wake_up, tags=[what])
 
     def live(self) -> Iterator[tuple[str, str, Tensor]]:
-        """What was installed last, as empty tensors of its shape and dtype: vLLM may pack the values.
-
-        The CPU kernels add biases in FP32; such a bias holds the numbers of the rollout format and is left out.
-        """
-        wider = str(Format.FP32.dtype).removeprefix("torch.")
-        for report in self._installed:
-            for name, parts in report.parts.items():
-                for part in parts:
-                    if not (name.endswith("bias") and part.dtype == wider):
-                        dtype = getattr(torch, part.dtype)
-                        yield "rollout", name, torch.empty(part.part[0], dtype=dtype, device="meta")
+        """What was installed last, as empty tensors of its shape and dtype."""
+        yield from (("rollout", name, empty) for name, empty in formats(self._installed))
+        yield from self._apart.live() if self._apart is not None else ()
 
     # --- sampling
 
@@ -207,9 +223,12 @@ class VllmEngine:
         version = self._check([(p.ids, sampling.max_tokens) for p in prompts])
         if not prompts:
             return []
-        asked = [self._asked(sampling, seed=p.seed) for p in prompts]
+        rpc = partial(self._call, "sampling", self._llm.collective_rpc)
+        more = self._routing.begin(sampling, rpc)
+        asked = [self._asked(sampling, seed=p.seed, **more) for p in prompts]
         outs = self._generate("sampling", [{"prompt_token_ids": list(p.ids)} for p in prompts], asked)
-        drawn = [self._completion(p, out.outputs[0], sampling, version) for p, out in zip(prompts, outs, strict=True)]
+        every = zip(prompts, outs, self._routing.end(sampling, outs, rpc), strict=True)
+        drawn = [self._completion(p, out.outputs[0], sampling, version, experts) for p, out, experts in every]
         return self._repaired(drawn, sampling)
 
     def _asked(self, sampling: Sampling, **more: Any) -> Any:
@@ -226,15 +245,15 @@ class VllmEngine:
             **more,
         )
 
-    def _completion(self, prompt: Prompt, drawn: Any, sampling: Sampling, version: int) -> Completion:
+    def _completion(self, prompt: Prompt, drawn: Any, sampling: Sampling, version: int, experts: Any) -> Completion:
         ids = tuple(drawn.token_ids)
         values = drawn.logprobs.logprobs
         if len(values) != len(ids) or not ids:
             raise EngineFailed(f"vLLM returned {len(values)} log-probabilities for {len(ids)} tokens")
         # at temperature 0 the distribution is a point mass; vLLM reports the untempered one
         logp = torch.zeros(len(ids)) if sampling.temperature == 0 else torch.tensor(values)
-        stopped = ids[-1] in sampling.stop_token_ids
-        return Completion(prompt.ids, ids, logp, "stop" if stopped else "length", version)
+        finish = "stop" if ids[-1] in sampling.stop_token_ids else "length"
+        return Completion(prompt.ids, ids, logp, finish, version, experts=experts)
 
     def _repaired(self, drawn: list[Completion], sampling: Sampling) -> list[Completion]:
         """Log-probabilities that are not finite are scored again, and counted; if they stay so, that is an overflow."""
@@ -250,7 +269,7 @@ class VllmEngine:
                     "most likely overflowed the rollout format: set precision to 'bf16' or 'fp32'"
                 )
             fixed = torch.where(broken, logp, drawn[i].logp)
-            drawn[i] = Completion(**{**vars(drawn[i]), "logp": fixed, "repaired": int(broken.sum())})
+            drawn[i] = replace(drawn[i], logp=fixed, repaired=int(broken.sum()))
         return drawn
 
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: Sampling) -> list[Tensor]:
@@ -282,27 +301,15 @@ class VllmEngine:
         """Refuses calls without weights, ids outside the vocabulary, and what exceeds the context; the version."""
         if self.version is None:
             raise ValueError("the engine has no weights, or is asleep: call load_weights before it samples or scores.")
-        for index, (ids, more) in enumerate(asked):
-            if not ids:
-                raise ValueError(f"prompt {index} is empty; a model cannot continue nothing.")
-            if min(ids) < 0 or max(ids) >= self._vocabulary:
-                raise ValueError(
-                    f"prompt {index} holds token id {max(ids) if min(ids) >= 0 else min(ids)}, but the model has "
-                    f"{self._vocabulary} tokens: the tokenizer and the model do not belong together."
-                )
-            if len(ids) + more > self._context:
-                raise ValueError(
-                    f"prompt {index} has {len(ids)} tokens, and with {more} tokens of response it exceeds the "
-                    f"engine's context of {self._context}. Shorten or drop the prompt, or lower max_tokens to "
-                    f"{max(self._context - len(ids), 0)} or less."
-                )
+        refuse_tokens(asked, self._vocabulary, self._context)
         return self.version
 
     # --- life and death
 
     def _generate(self, doing: str, texts: list[Any], asked: Any) -> list[Any]:
+        adapter = self._apart.request if self._apart is not None else None
         with self._team.shared_fate():
-            return self._call(doing, self._llm.generate, texts, asked, use_tqdm=False)
+            return self._call(doing, self._llm.generate, texts, asked, use_tqdm=False, lora_request=adapter)
 
     def _call(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Every call into vLLM: whatever it dies of becomes one error with its cause, and it is not called again.
@@ -379,11 +386,15 @@ def _opened(told: dict[str, Any], model: Model, rollout: RolloutSpec, team: Team
     with captured_errors() as said, deaf_children():
         try:
             vllm: Any = importlib.import_module("vllm")
+            register(told["additional_config"])
             if team is not None:
                 uniproc = importlib.import_module("vllm.v1.executor.uniproc_executor")
                 told = told | {"distributed_executor_backend": executor(uniproc, team)}
             return vllm.LLM(**told), vllm.SamplingParams
         except Exception as error:  # of a dozen kinds, of which the text is what helps
+            if not (rollout.vllm.own_process or _in_this_process) and "vllm" in sys.modules:
+                # else its groups, which depend on the architecture, would meet the next engine of this process
+                importlib.import_module("vllm.distributed.parallel_state").destroy_model_parallel()
             raise ValueError(explain(error, said(), rollout, model)) from error
         finally:
             torch.set_num_threads = set_threads

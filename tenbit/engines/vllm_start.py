@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Size, Tensor
 
+from tenbit.engines.vllm_experts import NATIVE
+from tenbit.engines.vllm_fit import LOAD_FORMAT, plan_of
 from tenbit.models.loading import Model, first_names
 from tenbit.precision import Format, Precision
 from tenbit.recipe import RolloutSpec
@@ -23,12 +25,13 @@ from tenbit.types import EngineFailed, Overflow
 
 SHARED_MEMORY, PREFIX = Path("/dev/shm"), "tenbit-weights-"
 CPU_CACHE_GIB = 1.0
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 PREFILL_TOKENS = 4096  # prompts that are read together
 _OURS = (  # set by the recipe's other keys: two places could disagree
     "model", "dtype", "seed", "max_model_len", "max_num_seqs", "logprobs_mode", "skip_tokenizer_init", "load_format",
     "worker_extension_cls", "generation_config", "enforce_eager", "kv_cache_memory_bytes", "gpu_memory_utilization",
     "enable_chunked_prefill", "max_num_batched_tokens", "enable_sleep_mode", "hf_overrides",
-    "kv_cache_dtype", "quantization",
+    "kv_cache_dtype", "quantization", "additional_config", "enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank",
 )  # fmt: skip
 
 
@@ -95,7 +98,8 @@ def arguments(
     gpu = model.device.type == "cuda"
     told: dict[str, Any] = {
         "model": folder,
-        "load_format": "dummy",
+        "load_format": LOAD_FORMAT,
+        "additional_config": plan_of(precision),
         "dtype": str(precision.rollout.dtype).removeprefix("torch."),
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # nothing is sampled by what a model folder says on the side
@@ -116,8 +120,13 @@ def arguments(
         told["max_num_batched_tokens"] = max(PREFILL_TOKENS, context + 1)
     if gpu and spec.sleep:
         told["enable_sleep_mode"] = True
+    if gpu and rollout.replay:
+        told[NATIVE] = True
     if precision.head_dtype("rollout") != precision.rollout.dtype:
         told["hf_overrides"] = {"head_dtype": str(Format.FP32.dtype).removeprefix("torch.")}
+    if model.adapter is not None and model.adapter.apart:
+        room = next(rank for rank in LORA_RANKS if rank >= model.adapter.spec.rank)
+        told |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": room}
     return told | spec.options
 
 
@@ -178,6 +187,24 @@ def refuse_gaps(sent: Container[str], known: Iterable[str], tied: Mapping[str, s
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             + ". Send the full state dict of the same architecture, under its Hugging Face names."
         )
+
+
+def refuse_tokens(asked: Iterable[tuple[Sequence[int], int]], vocabulary: int, context: int) -> None:
+    """Raises ValueError for prompts that an engine cannot run: token ids, and how many tokens are to follow."""
+    for index, (ids, more) in enumerate(asked):
+        if not ids:
+            raise ValueError(f"prompt {index} is empty; a model cannot continue nothing.")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValueError(
+                f"prompt {index} holds token id {max(ids) if min(ids) >= 0 else min(ids)}, but the model has "
+                f"{vocabulary} tokens: the tokenizer and the model do not belong together."
+            )
+        if len(ids) + more > context:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens, and with {more} tokens of response it exceeds the "
+                f"engine's context of {context}. Shorten or drop the prompt, or lower max_tokens to "
+                f"{max(context - len(ids), 0)} or less."
+            )
 
 
 def explain(error: BaseException, printed: str, rollout: RolloutSpec, model: Model) -> str:

@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tenbit import world
 from tenbit.models.logprobs import Head
+from tenbit.models.lora import Adapter
 from tenbit.precision import Format
 from tenbit.recipe import ModelSpec
 
@@ -43,6 +44,12 @@ class Model:
     pad_token_id: int
     context: int
     device: torch.device
+    adapter: Adapter | None = None  # beside its weights, which are frozen then
+
+    def weights(self, share: Literal["model", "parts", "trained"] = "model") -> Iterable[tuple[str, torch.Tensor]]:
+        """As an engine wants them: its own, adapters merged in; or all that the module holds, an adapter apart."""
+        named = self.module.state_dict().items()
+        return named if self.adapter is None or share != "model" else self.adapter.merged(named)
 
     @property
     def vocabulary(self) -> int:
@@ -105,22 +112,32 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def load(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = (), *, shared: bool = False) -> Model:
+def load(
+    spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = (), *, shared: bool = False, adapter: Adapter | None = None
+) -> Model:
     """Opens a model for training: FP32 weights on its device. Raises ValueError with the key and the remedy.
 
     `shared`: the run has several ranks, and its backend gives each its part. Then the weights stay in the host's
     memory, on rank 0 alone; elsewhere the module is on the meta device.
     """
     if not shared:
-        return _open(spec, extra_stop_tokens)
-    model = world.together(lambda: _open(spec, extra_stop_tokens, "host" if world.is_first() else "none"))
+        return _adapted(_open(spec, extra_stop_tokens), adapter)
+    weights: Literal["host", "none"] = "host" if world.is_first() else "none"
+    model = world.together(lambda: _adapted(_open(spec, extra_stop_tokens, weights), adapter))
     # the generation config comes with the weights
     return replace(model, stop_token_ids=world.first(lambda: model.stop_token_ids))
 
 
-def load_outline(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = ()) -> Model:
+def load_outline(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = (), adapter: Adapter | None = None) -> Model:
     """The same without weights, its module on the meta device: what can be checked without reading gigabytes."""
-    return _open(spec, extra_stop_tokens, "none")
+    return _adapted(_open(spec, extra_stop_tokens, "none"), adapter)
+
+
+def _adapted(model: Model, adapter: Adapter | None) -> Model:
+    """With an adapter beside its weights."""
+    if adapter is not None:
+        adapter.inject(model.module)
+    return replace(model, adapter=adapter)
 
 
 def _open(

@@ -92,7 +92,9 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype, softcap, scale, temperature, rows = ctx.plan
         head = Head(cast, bias, dtype, softcap, scale)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = None  # of a frozen head: a product as large as the forward's, for nothing
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -106,10 +108,12 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_bias += d.sum(0)
             d = d.to(dtype)
             grad_hidden[part] = (d @ cast).to(hidden.dtype)
-            grad_weight += d.T @ hidden[part].to(dtype)
+            if grad_weight is not None:
+                grad_weight += d.T @ hidden[part].to(dtype)
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def response_hidden(model: PreTrainedModel, tokens: Tensor, prompt_length: Tensor, mask: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def sections(run: Run) -> list[Section]:
         Section(
             "Mismatch",
             "Sampler μ against trainer π on the sampled tokens, at the same weights, before any correction.",
-            [*_token_mismatch(curves), *_sequence_mismatch(curves)],
+            [*_token_mismatch(curves), *_sequence_mismatch(curves), *_routing(curves)],
         ),
         Section("Sampled ahead of training", AHEAD, _ahead(curves)),
         Section("Optimisation", "", _optimisation(curves)),
@@ -214,6 +214,15 @@ def _sequence_mismatch(curves: Curves) -> list[Figure]:
     if panels:
         figures.append(Figure("Correction", panels, "What the algorithm made of these ratios."))
     return figures
+
+
+def _routing(curves: Curves) -> list[Figure]:
+    """Of a mixture of experts."""
+    parts = (("tokens", "mismatch"), ("layers", "sequence"), ("experts", "plain"))
+    shares = [s for what, colour in parts for s in curves(f"routing/{what}_differ", what, colour, scientific)]
+    note = "Shares of tokens with any other expert, of their layers, of single experts; as chosen, before any replay."
+    panels = [Panel(shares, _over(shares, axis.log10), height=146)] if shares else []
+    return [Figure("Routed differently", panels, note)] if panels else []
 
 
 def _ahead(curves: Curves) -> list[Figure]:

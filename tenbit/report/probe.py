@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tenbit.report.probe_figures import DARK, LIGHT, THEMES, Panels, logratios, scatter, thinned
-from tenbit.report.probe_words import LABELS, described, harmless, read, shown, verdict
+from tenbit.report.probe_words import LABELS, ROUTING, described, harmless, read, shown, verdict
 from tenbit.report.template import style, template
 from tenbit.report.words import factor, number, percent, scientific, whole
 from tenbit.runlog import write_atomic
@@ -100,6 +100,9 @@ def _url(png: bytes) -> Markup:
 
 def _measures(pairs: Sequence[Pair]) -> list[tuple[str, list[tuple[str, str]]]]:
     rows = [(label, [shown(read(pair, key), form) for pair in pairs]) for key, label, form in LABELS]
+    routed = any(p.routing for p in pairs)
+    for key, label in ROUTING if routed else ():
+        rows.append((label, [(scientific(p.routing[key]), "") if p.routing else ("–", "") for p in pairs]))
     return [
         *rows,
         ("tokens", [(whole(p.tokens), "") for p in pairs]),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tenbit.report.probe_words import LABELS, compact, harmless, read, verdict
+from tenbit.report.probe_words import LABELS, ROUTING, compact, harmless, read, verdict
 from tenbit.report.words import factor, number, scientific
 from tenbit.studies.probe import Pair, Study
 from tenbit.studies.probe_measures import Measure
@@ -68,6 +68,9 @@ def measures(pairs: Sequence[Pair]) -> Table:
     for key, label, form in LABELS:
         found = [compact(read(pair, key), form) for pair in pairs]
         table.add_row(Text(label), *(Text.assemble((value, "bold"), (within, "dim")) for value, within in found))
+    for key, label in ROUTING:
+        if any(p.routing for p in pairs):
+            table.add_row(label, *(scientific(p.routing[key]) if p.routing else "–" for p in pairs))
     table.add_row("tokens", *(f"{p.tokens:,}" for p in pairs))
     table.add_row("responses", *(f"{len(p.table):,}" for p in pairs))
     return table

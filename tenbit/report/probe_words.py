@@ -34,6 +34,11 @@ LABELS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seq_above_cap", "sequences with e^Σ above C", precise_percent),
     ("seq_chi2", "χ² = E[e^2Σ] − 1", scientific),
 )
+ROUTING: tuple[tuple[str, str], ...] = (
+    ("tokens_differ", "tokens routed differently"),
+    ("layers_differ", "tokens × layers routed differently"),
+    ("experts_differ", "experts that differ"),
+)  # of a mixture only
 PAPER = 24.0  # FP16 against BF16, sequence level, Figure 2
 BEYOND_ROUNDING = 1e-2  # KL per token; BF16's rounding gives 1e-5 to 1e-3
 GOOD, USABLE, POOR = 0.9, 0.5, 0.1  # effective sample sizes

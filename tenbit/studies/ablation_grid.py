@@ -16,7 +16,7 @@ from tenbit.recipe import Recipe
 from tenbit.studies.options import said_in_options
 
 VARIED = ("name", "seed", "precision", "algorithm")  # by the grid; all else is the recipe's
-FORMATS = ("preset", "compute", "rollout", "sync", "export", "rollout_bits")
+FORMATS = ("preset", "compute", "rollout", "sync", "export", "rollout_bits", "rollout_weights")
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,15 @@ def _canonical(precision: str) -> str:
 def _in_plan(plan: Precision, precision: str) -> Precision:
     """The recipe's plan with another pair of formats. What it says beyond formats stays."""
     pair = Precision.parse(precision)
-    kept: dict[str, Any] = {"head": plan.head, "casting": plan.casting}
+    kept: dict[str, Any] = {key: getattr(plan, key) for key in ("head", "casting", "router", "residual_scale")}
+    if pair.compute != Format.FP32 or pair.rollout != Format.FP32:
+        kept["fp32"] = plan.fp32
     if plan.reduce == plan.compute:
         kept["reduce"] = pair.compute.value
     if plan.sync == Format.FP32:
         kept["sync"] = plan.sync.value
-    if plan.rollout_bits is not None and pair.rollout_bits is None:
-        kept["rollout_bits"] = plan.rollout_bits
+    if plan.rounds_weights and not pair.rounds_weights:
+        kept |= {"rollout_bits": plan.rollout_bits, "rollout_weights": plan.rollout_weights}
     if plan.loss_scale is not None and pair.loss_scale is not None:
         kept["loss_scale"] = plan.loss_scale.model_dump(exclude_none=True)
     return _parsed({"preset": precision} | kept, precision)

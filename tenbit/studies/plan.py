@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tenbit.models.lora import Adapter
 from tenbit.recipe import Recipe
 from tenbit.studies import plan_memory as memory
 from tenbit.studies.plan_memory import CONTEXT, GIB, Part, Sampler, Trainer
@@ -131,7 +132,8 @@ class Plan:
 def make_plan(recipe: Recipe, source: str, machine: Machine, prompt: int = PROMPT) -> Plan:
     """Raises ValueError, with the key and the remedy, for what cannot be planned."""
     config, model = find_config(recipe.model.path)
-    shape = Shape.of(config)
+    adapter = Adapter.of(recipe)
+    shape = Shape.of(config, adapter)
     room = shape.context - recipe.rollout.max_tokens
     if room < 1:
         raise ValueError(
@@ -143,7 +145,7 @@ def make_plan(recipe: Recipe, source: str, machine: Machine, prompt: int = PROMP
     longest = min(prompt, room) + recipe.rollout.max_tokens
     trainer, sampler = _asked_trainer(recipe, machine), _asked_sampler(recipe, machine, shape)
     tokens = max(recipe.optim.token_budget, longest)
-    uses = {on: measure(config, recipe.precision, recipe.model, tokens, on) for on in (False, True)}
+    uses = {on: measure(config, recipe.precision, recipe.model, tokens, on, adapter) for on in (False, True)}
     bare = _Ground(recipe, machine, shape, longest, uses)
     asked = bare.outcome(trainer, sampler, settled=True)
     outcomes = [bare.outcome(t, s) for s in _samplers(recipe, machine, shape) for t in _trainers(recipe, machine)]
@@ -221,6 +223,9 @@ def _samplers(recipe: Recipe, machine: Machine, shape: Shape) -> Iterator[Sample
     if engine == "torch":
         yield Sampler("torch")
     heads = shape.config.get_text_config().num_attention_heads
+    if recipe.lora is not None and recipe.lora.rollout == "adapter":  # the others take whole models
+        yield Sampler("vllm")
+        return
     sizes = [t for t in (1, 2, 4, 8) if min(machine.gpus, machine.per_node) % t == 0 and heads % t == 0]
     for size in sizes:
         yield Sampler("vllm", size)

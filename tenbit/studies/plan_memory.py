@@ -22,6 +22,7 @@ from tenbit.studies.plan_model import Shape, Use
 
 GIB = 2**30
 FP32 = Format.FP32.bytes
+FROZEN, MERGE = "frozen weights", "merging, in FP32"
 CONTEXT = int(1.5 * GIB)  # CUDA context, loaded kernels, NCCL's buffers: between 1 and 2 GiB
 ENGINE_WORK = int(2 * GIB)  # vLLM's activations while it reads prompts, and its CUDA graphs: between 1 and 3 GiB
 PROCESS = int(5 * GIB)  # host memory of one Python process with torch, its pinned buffers and vLLM: between 3 and 8 GiB
@@ -89,16 +90,19 @@ class Sampler:
 
 def resident(shape: Shape, precision: Precision, trainer: Trainer, ranks: int) -> list[Part]:
     """What one GPU holds of the training state at all times, also while the engine samples."""
-    p, copy = shape.parameters, precision.copy_format.bytes
+    t, frozen, copy = shape.trained, shape.frozen, precision.copy_format.bytes
     if trainer.backend == "single":
-        held = [Part("FP32 masters", FP32 * p), Part("AdamW's moments", 2 * FP32 * p)]
-        return [*held, Part("16-bit copy", copy * p)] if precision.has_copy else held
-    share = _share(p, ranks)
+        held = [Part("FP32 masters", FP32 * t), Part("AdamW's moments", 2 * FP32 * t), Part(FROZEN, copy * frozen)]
+        return [*held, Part("16-bit copy", copy * t)] if precision.has_copy else held
+    share = _share(t, ranks)
     state = [Part("FP32 masters", FP32 * share), Part("AdamW's moments", 2 * FP32 * share)]
+    if trainer.backend == "fsdp":
+        state.append(Part(FROZEN, copy * _share(frozen, ranks)))
     if trainer.offload:
         state = []
     if trainer.backend == "deepspeed":
-        state.append(Part("weights to compute with", copy * (share if trainer.stage == 3 else p)))
+        p = t + frozen
+        state.append(Part("weights to compute with", copy * (_share(p, ranks) if trainer.stage == 3 else p)))
         if trainer.stage == 3:  # made once and never freed
             state += [gradients(shape, precision, trainer, ranks), _bucket(shape, precision)]
     return state
@@ -108,13 +112,13 @@ def gradients(shape: Shape, precision: Precision, trainer: Trainer, ranks: int) 
     """The sums over micro-batches, from the first backward pass of a gradient step to its end."""
     form = precision.reduce.bytes if trainer.backend == "single" and precision.has_copy else FP32
     whole = trainer.backend == "single" or (trainer.backend == "deepspeed" and trainer.stage == 1)
-    count = shape.parameters if whole else _share(shape.parameters, ranks)
+    count = shape.trained if whole else _share(shape.trained, ranks)
     return Part("gradient sums", 0 if trainer.offload else form * count)
 
 
 def _bucket(shape: Shape, precision: Precision) -> Part:
     """DeepSpeed reduces gradients in buckets."""
-    return Part("reduction bucket", precision.reduce.bytes * min(BUCKET, shape.parameters), False)
+    return Part("reduction bucket", precision.reduce.bytes * min(BUCKET, shape.trained), False)
 
 
 def training(shape: Shape, precision: Precision, trainer: Trainer, ranks: int, use: Use) -> list[Part]:
@@ -125,18 +129,19 @@ def training(shape: Shape, precision: Precision, trainer: Trainer, ranks: int, u
     if trainer.stage in (1, 2):
         held.append(_bucket(shape, precision))
     copy, reduce = precision.copy_format.bytes, precision.reduce.bytes
+    layer, head, outside = shape.arriving
     sharded = trainer.backend == "fsdp" or (trainer.backend == "deepspeed" and trainer.stage == 3)
     compute = [Part("activations", use.kept, False), Part("working memory", use.work, False)]
     if not sharded:
-        arriving = Part("gradients that arrive", copy * max(shape.layer, shape.head))
-        recast = FP32 * shape.parameters if reduce < FP32 else 0  # AdamW wants FP32, all of it at once
+        arriving = Part("gradients that arrive", copy * max(layer, head))
+        recast = FP32 * shape.trained if reduce < FP32 else 0  # AdamW wants FP32, all of it at once
         moments = [[arriving, *compute], [Part("gradients in FP32 for AdamW", recast)]]
         return _joined(held, max(moments, key=total))
     # the next layer is gathered while one computes; embedding and head stay gathered from forward to backward
     layers = 2 if trainer.reshard or trainer.backend == "deepspeed" else shape.layers
-    gathered = Part("gathered weights", copy * (layers * shape.layer + shape.outside))
-    inside = Part("gradients before reduction", (copy + reduce) * shape.layer + copy * shape.head)
-    after = Part("gradients before reduction", (copy + reduce) * shape.outside)
+    gathered = Part("gathered weights", copy * (layers * (shape.layer + shape.adapter_layer) + shape.outside))
+    inside = Part("gradients before reduction", (copy + reduce) * layer + copy * head)
+    after = Part("gradients before reduction", (copy + reduce) * outside)
     moments = [[gathered, inside, *compute], [gathered, after]]
     return _joined(held, max(moments, key=total))
 
@@ -158,7 +163,8 @@ def cache_per_token(shape: Shape, precision: Precision, sampler: Sampler) -> int
 
 def update(shape: Shape, precision: Precision, held: list[Part], sampler: Sampler, here: bool) -> list[Part]:
     """While weights go to the engine: no activations, no cache; one tensor is gathered and sent at a time."""
-    parts = [*held, Part("largest tensor, twice", 2 * precision.sync.bytes * shape.largest)]
+    merge = 2 * FP32 * shape.largest if shape.adapter else 0  # W and B A; the largest that has an adapter is no larger
+    parts = [*held, Part("largest tensor, twice", 2 * precision.sync.bytes * shape.largest), Part(MERGE, merge, False)]
     return _joined(parts, [engine_weights(shape, precision, sampler)] if here else [])
 
 
@@ -177,24 +183,29 @@ def _share(count: int, ranks: int) -> int:
 def host(shape: Shape, recipe: Recipe, trainer: Trainer, sampler: Sampler, ranks: int, per_node: int) -> list[Part]:
     """Memory of the first node, which has the most to hold: rank 0 reads the model there."""
     here = min(ranks, per_node)
-    state = 3 * FP32 * shape.parameters * here // ranks
+    state = 3 * FP32 * shape.trained * here // ranks
     parts = [
         Part("processes", PROCESS * here, False),
-        Part("the whole model on rank 0, at start", FP32 * shape.parameters),
+        Part("the whole model on rank 0, at start", FP32 * (shape.trained + shape.frozen)),
         Part("a checkpoint on its way to disk", state),
     ]
     if trainer.offload:
-        parts.append(Part("masters, moments, gradients", state + FP32 * shape.parameters * here // ranks))
+        parts.append(Part("masters, moments, gradients", state + FP32 * shape.trained * here // ranks))
+        if trainer.backend == "fsdp":
+            parts.append(Part(FROZEN, recipe.precision.copy_format.bytes * shape.frozen * here // ranks))
+    if recipe.lora is not None and recipe.lora.rollout == "adapter" and sampler.engine == "vllm":  # sent once, so kept
+        asleep = recipe.precision.rollout.bytes * shape.parameters * here if recipe.rollout.vllm.sleep else 0
+        parts.append(Part("engines' weights, asleep", asleep))
     if sampler.pool:
         ahead, sync = recipe.rollout.ahead, recipe.precision.sync.bytes
         versions = 2 + ahead if ahead else 1
         parts.append(Part("Ray's object store: weights", versions * sync * shape.parameters))
         if ahead:  # to score again what older weights sampled, and to come back
-            own = recipe.precision.copy_format.bytes * shape.parameters * here // ranks
+            own = recipe.precision.copy_format.bytes * shape.trained * here // ranks
             parts.append(Part("copies of the weights, ahead", (ahead + 2) * own))
     return parts
 
 
 def checkpoint_bytes(shape: Shape) -> int:
     """FP32 masters and moments: the same for every backend and number of ranks."""
-    return 3 * FP32 * shape.parameters
+    return 3 * FP32 * shape.trained

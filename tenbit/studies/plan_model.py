@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tenbit.backends.scorer import decoder_layers
 from tenbit.models.loading import model_folder
 from tenbit.models.logprobs import CHUNK_ELEMENTS, Head
+from tenbit.models.lora import Adapter
 from tenbit.precision import Format, Precision
 from tenbit.recipe import ModelSpec
 
@@ -74,7 +76,10 @@ def _read(place: str, path: str) -> Any:
 
 @dataclass(frozen=True)
 class Shape:
-    """Counts of numbers, not of bytes. `layer` is the largest block that a sharding backend gathers at a time."""
+    """Counts of numbers, not of bytes. `layer` is the largest block that a sharding backend gathers at a time.
+
+    With an adapter, `adapter` counts it, and `adapter_layer` its part of one block; all else is of the model alone.
+    """
 
     config: Any
     parameters: int
@@ -90,9 +95,24 @@ class Shape:
     vocabulary: int
     context: int
     active: int
+    adapter: int = 0
+    adapter_layer: int = 0
+
+    @property
+    def trained(self) -> int:
+        return self.adapter or self.parameters
+
+    @property
+    def frozen(self) -> int:
+        return self.parameters if self.adapter else 0
+
+    @property
+    def arriving(self) -> tuple[int, int, int]:
+        """Whose gradients may come at once: a block's, the head's, all that lies outside of blocks."""
+        return (self.adapter_layer, 0, 0) if self.adapter else (self.layer, self.head, self.outside)
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
+    def of(cls, config: Any, adapter: Adapter | None = None) -> Shape:
         """Raises ValueError for an architecture that is not a causal language model with a linear head."""
         module = _on_meta(config)
         head = Head.of(module, Format.FP32.dtype).weight
@@ -107,12 +127,15 @@ class Shape:
         experts = sum(p.numel() for n, p in named.items() if ".experts." in n)
         count = _experts(config)
         chosen = getattr(text, "num_experts_per_tok", None) or count
+        layer, outside = max(map(_size, blocks)), _count(p for p in named.values() if id(p) not in inside)
+        if adapter is not None:
+            adapter.mount(module)
         return cls(
             config=config,
             parameters=total,
             layers=len(blocks),
-            layer=max(_count(block.parameters()) for block in blocks),
-            outside=_count(p for p in named.values() if id(p) not in inside),
+            layer=layer,
+            outside=outside,
             head=head.numel(),
             largest=largest.numel(),
             largest_name=name,
@@ -122,12 +145,18 @@ class Shape:
             vocabulary=head.shape[0],
             context=getattr(text, "max_position_embeddings", None) or 1 << 30,
             active=total - experts + experts * chosen // count,
+            adapter=_size(module) - total,
+            adapter_layer=max(map(_size, blocks)) - layer,
         )
 
 
 def _experts(config: Any) -> int:
     text = config.get_text_config()
     return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+
+
+def _size(module: Any) -> int:
+    return _count(module.parameters())
 
 
 def _count(parameters: Any) -> int:
@@ -161,17 +190,20 @@ class Use:
         return self.kept + self.work
 
 
-def measure(config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool) -> Use:
+def measure(
+    config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool, adapter: Adapter | None = None
+) -> Use:
     """Runs the architecture on fake tensors: the whole model forward, one layer of it forward and backward."""
     times, plan = 1, precision
     if _experts(config) > 1 and precision.copy_format == Format.FP32:
         # Fake tensors know the experts' grouped product in one 16-bit format only: twice what that needs.
         times, plan = 2, Precision.parse(Format.BF16.value)
-    one = _kept(_shortened(config, 1), plan, spec, tokens, checkpointing)
-    every = _kept(config, plan, spec, tokens, checkpointing)
-    layer = _peak(_shortened(config, 1), plan, spec, tokens, checkpointing) - one
+    way = (plan, spec, checkpointing, adapter)
+    one = _kept(_shortened(config, 1), tokens, *way)
+    every = _kept(config, tokens, *way)
+    layer = _peak(_shortened(config, 1), tokens, *way) - one
     kept = times * every + head_kept(config, precision, tokens)
-    return Use(tokens, kept, max(times * layer, head_work(config, precision, tokens)))
+    return Use(tokens, kept, max(times * layer, head_work(config, precision, tokens, adapter is None)))
 
 
 def head_kept(config: Any, precision: Precision, tokens: int) -> int:
@@ -183,11 +215,11 @@ def head_kept(config: Any, precision: Precision, tokens: int) -> int:
     return cast + (elements * Format.FP32.bytes if elements <= CHUNK_ELEMENTS else 0)
 
 
-def head_work(config: Any, precision: Precision, tokens: int) -> int:
+def head_work(config: Any, precision: Precision, tokens: int, trained: bool = True) -> int:
     """The output head's backward pass: chunks of FP32 logits, the FP32 sum of its gradient, the hidden states'."""
     text = config.get_text_config()
     dtype = Format.of(precision.head_dtype("train"))
-    weight, rows = text.vocab_size * text.hidden_size, max(1, CHUNK_ELEMENTS // text.vocab_size)
+    weight, rows = text.vocab_size * text.hidden_size * trained, max(1, CHUNK_ELEMENTS // text.vocab_size)
     copies = 3 if tokens > rows else 2  # logits, probabilities, their gradient; `head_kept` has counted kept ones
     chunk = min(rows, tokens) * text.vocab_size * (copies * Format.FP32.bytes + dtype.bytes)
     return chunk + Format.FP32.bytes * weight + tokens * text.hidden_size * precision.compute.bytes
@@ -203,16 +235,35 @@ def _shortened(config: Any, layers: int) -> Any:
 
 
 @contextlib.contextmanager
-def _fake(config: Any, precision: Precision, spec: ModelSpec, checkpointing: bool) -> Iterator[Any]:
+def _fake(
+    config: Any, precision: Precision, spec: ModelSpec, checkpointing: bool, adapter: Adapter | None
+) -> Iterator[Any]:
     """The module on fake tensors, in the format that training holds it in."""
     # Fake tensors know grouped products (mixtures of experts) in one 16-bit format only; the bytes are the same.
     form = Format.BF16 if precision.copy_format.bytes == Format.BF16.bytes else precision.copy_format
     attention = "eager" if spec.attention == "eager" else CAUSAL  # a flash kernel keeps what sdpa's keeps
+    make = partial(AutoModelForCausalLM.from_config, config, dtype=form.dtype, attn_implementation=attention)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module: Any = AutoModelForCausalLM.from_config(config, dtype=form.dtype, attn_implementation=attention)
+        module: Any = make() if adapter is None else _imagined(make, adapter)
         if checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         yield module.train()
+
+
+def _imagined(make: Callable[[], Any], adapter: Adapter) -> Any:
+    """A module with an adapter, on the fake tensors of the mode around it. PEFT can mount on meta, but not on those."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        module = make()
+        adapter.mount(module)
+    made: dict[int, torch.nn.Parameter] = {}
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                here = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), p.requires_grad)
+                part._parameters[name] = made.setdefault(id(p), here)  # a tied one stays tied
+        for name, b in part._buffers.items():
+            part._buffers[name] = None if b is None else torch.empty(b.shape, dtype=b.dtype, device="cpu")
+    return module
 
 
 def _forward(module: Any, precision: Precision, tokens: int) -> torch.Tensor:
@@ -221,9 +272,11 @@ def _forward(module: Any, precision: Precision, tokens: int) -> torch.Tensor:
         return module.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def _kept(config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool) -> int:
+def _kept(
+    config: Any, tokens: int, precision: Precision, spec: ModelSpec, checkpointing: bool, adapter: Adapter | None
+) -> int:
     """Bytes that autograd holds after the forward pass, each storage once, parameters left out."""
-    with _fake(config, precision, spec, checkpointing) as module:
+    with _fake(config, precision, spec, checkpointing, adapter) as module:
         parameters = {p.untyped_storage()._cdata for p in module.parameters()}
         held: dict[int, torch.UntypedStorage] = {}
 
@@ -239,9 +292,12 @@ def _kept(config: Any, precision: Precision, spec: ModelSpec, tokens: int, check
         return sum(storage.nbytes() for storage in held.values())
 
 
-def _peak(config: Any, precision: Precision, spec: ModelSpec, tokens: int, checkpointing: bool) -> int:
+def _peak(
+    config: Any, tokens: int, precision: Precision, spec: ModelSpec, checkpointing: bool, adapter: Adapter | None
+) -> int:
     """Most bytes at a time over forward and backward, parameters and their gradients left out."""
-    with _fake(config, precision, spec, checkpointing) as module:
+    with _fake(config, precision, spec, checkpointing, adapter) as module:
+        module.requires_grad_(True)  # the tracker wants it so; beside an adapter that is a little more than is needed
         tracker = MemTracker()
         tracker.track_external(module)
         with tracker:

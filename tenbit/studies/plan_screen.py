@@ -15,7 +15,7 @@ from tenbit.studies import plan_memory as memory
 from tenbit.studies.plan import FEW, HEADROOM, Outcome, Plan
 from tenbit.studies.plan_memory import GIB, Part
 
-STATE = ("FP32 masters", "AdamW's moments", "16-bit copy", "weights to compute with")
+STATE = ("FP32 masters", "AdamW's moments", "16-bit copy", "frozen weights", "weights to compute with")
 
 
 def show(plan: Plan, console: Console, overrides: list[str] | None = None) -> None:
@@ -107,6 +107,8 @@ def _about(plan: Plan) -> Iterable[Text]:
         f"  {_many(shape.parameters)} parameters{active}; {shape.layers} layers of {_many(shape.layer)}, the rest "
         f"{_many(shape.outside)}"
     )
+    if shape.adapter:
+        yield Text(f"  an adapter of {_many(shape.adapter)} parameters is trained; the others are frozen")
     yield Text(f"  largest tensor {_many(shape.largest)}, {shape.largest_name}")
     rollout, optim = plan.recipe.rollout, plan.recipe.optim
     yield Text(

@@ -27,7 +27,7 @@ from tenbit.rollout import seed_of
 from tenbit.scoring import Scored, sample, score, train_logps
 from tenbit.studies.probe_measures import LEVEL, Measure, Table, finite, ratios, resamples, worst
 from tenbit.studies.probe_rows import Recorded
-from tenbit.types import Completion, Overflow, Prompt
+from tenbit.types import Completion, Overflow, Prompt, merge
 
 SCHEMA = "tenbit.probe/1"
 WORST, BEFORE = 20, 40  # tokens that are listed, and tokens of context before each
@@ -72,6 +72,12 @@ class Pair:
         lengths, versions = table.by_length(LENGTHS, seed), _by_version(table, cap, seed)
         return cls(name, table=table, measures=measures, by_length=lengths, by_version=versions, left_out=lost, **more)
 
+    @property
+    def routing(self) -> dict[str, float]:
+        """Of a mixture of experts: the shares that `routing.py` defines, without their prefix. Else empty."""
+        found = merge(s.routing for s in self.table.scored)
+        return {name.removeprefix("routing/"): stat.mean for name, stat in found.items()}
+
     def worst(self, tokenizer: Any | None) -> list[dict[str, Any]]:
         """The tokens that lie furthest apart, with the text before them; ids where there is no tokenizer."""
         return [_told(self.table.scored[i], i, t, tokenizer) for i, t in worst(self.table.scored, WORST)]
@@ -86,6 +92,7 @@ class Pair:
             "left_out_tokens": self.left_out,
             "truncated": self.truncated,
             "measures": {key: measure.as_dict() for key, measure in self.measures.items()},
+            "routing": self.routing,
             "by_length": self.by_length,
             "by_version": self.by_version,
             "half_ess_tokens": self.table.half_ess_tokens(),

@@ -92,6 +92,7 @@ def make_plan(
     seed: int | None = None,
     overrides: Sequence[str] = (),
     needs_data: bool = True,
+    command: str = "tenbit probe",
 ) -> Plan:
     """Raises ValueError naming the option. `overrides` are a recipe's ``key=value``: rollout.vllm.memory=0.8."""
     tree = _defaults(model)
@@ -119,7 +120,7 @@ def make_plan(
     tree["rollout"].setdefault("max_tokens", LONGEST)
     precisions = parse_precisions(precision or PRECISIONS)
     with said_in_options(OPTIONS):
-        recipe = Recipe.of(tree, "tenbit probe")
+        recipe = Recipe.of(tree, command)
         return Plan(recipe, precisions, longest_given)
 
 
