@@ -25,6 +25,7 @@ from tenbit.prompts import ask
 from tenbit.recipe import Recipe
 from tenbit.runlog import read_rows, rows_file
 
+PAGE = Path(__file__).parent.parent / "docs" / "fp8.md"
 PRECISIONS = ("fp32", "fp16", "bf16", "fp16/fp16~5", "fp16/fp16~4", "fp16/fp16~3", "fp16/fp8", "bf16/fp8")
 
 
@@ -71,6 +72,33 @@ def training(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def tables(result: dict[str, Any]) -> dict[str, list[str]]:
+    """What docs/fp8.md shows, between its marks."""
+    fp16 = next(row["kl_k3"] for row in result["mismatch"] if row["precision"] == "fp16")
+    apart = ["| training / rollout | KL k3 | against FP16 | std of Σ log π − log μ | ESS |", "|---|---|---|---|---|"]
+    for row in result["mismatch"]:
+        ratio = f"{row['kl_k3'] / fp16:,.0f}×" if row["kl_k3"] > fp16 else ""
+        spread, ess = row["seq_logratio_std"], row["seq_ess"]
+        apart.append(f"| {row['precision']} | {row['kl_k3']:.1e} | {ratio} | {spread:.1e} | {ess:.3f} |")
+    runs = [
+        "| algorithm | precision | seed | accuracy, last tenth | KL k3, first step | last tenth |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["training"]:
+        name = f"| {row['algorithm']} | {row['precision']} | {row['seed']} "
+        runs.append(f"{name}| {row['accuracy']:.1%} | {row['kl_k3_first']:.1e} | {row['kl_k3_last']:.1e} |")
+    return {"mismatch": apart, "training": runs}
+
+
+def write_page(result: dict[str, Any]) -> None:
+    text = PAGE.read_text()
+    for name, lines in tables(result).items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        head, rest = text.split(begin)
+        text = head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+    PAGE.write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
@@ -87,6 +115,7 @@ def main() -> None:
     else:
         result = {"mismatch": mismatch(options.prompts, options.samples), "training": before.get("training", [])}
     print(write("fp8", result))
+    write_page(result)
 
 
 if __name__ == "__main__":

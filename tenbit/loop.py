@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from tenbit import algorithms, mismatch, routing, world
@@ -49,6 +50,10 @@ from tenbit.watch import Alarm
 ECHO = 0.5  # seconds: a terminal and a launcher may both pass on one Ctrl-C
 STOPPING = b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n"
 PATIENCE = b"tenbit: torchrun waits 30 seconds for it, or as many as TORCH_ELASTIC_SHUTDOWN_TIMEOUT said at the start\n"
+DEPLOYED_OTHERWISE = (
+    "model/ has ordinary weights: precision.fp32 and residual_scale are tenbit's way of computing with them. Where other "
+    "software runs them in FP16 they may overflow as before; there use BF16 or FP32 (docs/audit.md)"
+)
 Metrics = dict[str, float | int | None]
 Update = tuple[list[Batch], Totals]
 
@@ -341,6 +346,8 @@ def finish(run: Run, kept: Path | None = None, alarm: Alarm | None = None) -> No
     export(run.folder / "model", run.model, run.backend, run.recipe.precision)
     if run.model.adapter is not None:
         export_adapter(run.folder / "adapter", run.model, run.backend, run.recipe.model.path)
+    if run.recipe.precision.alters:
+        run.log.console.print(Text(DEPLOYED_OTHERWISE, style="dim"), soft_wrap=True)
     run.checkpoints.wait()  # a summary says that the run is finished
     done = {"steps": run.progress.step, "precision": run.recipe.precision.name, "algorithm": run.recipe.algorithm.name}
     done |= stopped

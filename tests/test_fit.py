@@ -16,7 +16,7 @@ from ranks import on_ranks
 from tenbit.batching import collate, ungraded
 from tenbit.engines.torch import TorchEngine
 from tenbit.mismatch import measure
-from tenbit.models.fit import fit, fit_loaded, routers
+from tenbit.models.fit import all_routers, fit, fit_loaded
 from tenbit.precision import Format, Precision
 from tenbit.types import Prompt, Sampling
 
@@ -145,13 +145,13 @@ def test_an_fp32_module_computes_as_in_fp32_and_its_parameters_get_their_gradien
 def test_pitfall_21_routers_are_fp32_by_default_and_in_the_models_format_if_asked():
     module = small_module("qwen3_moe").to(Format.BF16.dtype)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1)).to(Format.BF16.dtype)
-    name, router = next(iter(routers(module).items()))
+    name, router = next(iter(all_routers(module).items()))
     weight: Any = router.weight
     top_k: Any = router.top_k
     assert name.endswith("mlp.gate")
     rounded = copy.deepcopy(module)
     fit(rounded, plan({"preset": "bf16", "router": "model"}))
-    assert next(iter(routers(rounded).values()))(x)[0].dtype == Format.BF16.dtype
+    assert next(iter(all_routers(rounded).values()))(x)[0].dtype == Format.BF16.dtype
     fit(module, plan("bf16"))
     logits, scores, experts = router(x)
     exact = F.linear(x.double(), weight.double())

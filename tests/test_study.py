@@ -68,3 +68,12 @@ def test_seeds_that_settings_were_chosen_on_are_in_no_figure():
     seeds = {line for file in pilots for line in file.read_text().splitlines() if line.startswith("seed = ")}
     assert seeds <= {"seed = 100", "seed = 101"}
     assert study.PILOTS not in {c["part"] for c in FOUND["cells"]} | set(FOUND["watch"])
+
+
+def test_the_page_on_fp8_shows_its_result():
+    """docs/fp8.md is written from benchmarks/results/fp8.json."""
+    import fp8
+
+    text = (ROOT / "docs" / "fp8.md").read_text()
+    for lines in fp8.tables(json.loads((ROOT / "benchmarks" / "results" / "fp8.json").read_text())).values():
+        assert "\n".join(lines) in text

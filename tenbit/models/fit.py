@@ -42,7 +42,7 @@ def fit(module: nn.Module, precision: Precision) -> None:
         return
     vars(module)["fitted_to"] = plan
     if precision.router == "fp32":
-        for router in routers(module).values():
+        for router in all_routers(module).values():
             _in_fp32(router, back=False)
     for name in precision.fp32:
         _in_fp32(_named(module, name), back=True)
@@ -50,8 +50,8 @@ def fit(module: nn.Module, precision: Precision) -> None:
         _rescale(module, precision.residual_scale)
 
 
-def routers(module: nn.Module) -> dict[str, nn.Module]:
-    """A mixture's routers by name. transformers calls their classes ...TopKRouter, since all give the same three."""
+def all_routers(module: nn.Module) -> dict[str, nn.Module]:
+    """A mixture's routers by name, also of forms that `experts.py` cannot replay (DeepSeek's ...TopkRouter)."""
     return {name: m for name, m in module.named_modules() if type(m).__name__.lower().endswith("topkrouter")}
 
 
@@ -197,8 +197,8 @@ def _scale_branches(layer: Any, scale: float) -> None:
     ends = [layer.self_attn.o_proj]
     if hasattr(layer.mlp, "down_proj"):
         ends.append(layer.mlp.down_proj)
-    elif hasattr(layer.mlp, "experts") and routers(layer):
-        for router in routers(layer).values():
+    elif hasattr(layer.mlp, "experts") and all_routers(layer):
+        for router in all_routers(layer).values():
             _alter(router, times=scale)
     else:
         raise _not_rescalable(type(layer.mlp).__name__)
