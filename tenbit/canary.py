@@ -15,9 +15,10 @@ few tokens on top of it. Two things are held against the truth:
                   soon as the movement of all tokens together stands out from the rounding
 
 Where training and rollout have different formats, or an adapter is merged into 16-bit weights, small updates may round
-away on one side only: then just the first bound holds. In a mixture of experts, where two of them are nearly tied, rounding may send a token to the other one, on
-one side, after one update and not after the next. There the size is that of the three quarters of tokens that agree
-best (from one update to another it varies tenfold then, over all tokens a hundredfold), and the movement says nothing.
+away on one side only: then just the first bound holds. In a mixture of experts, where two of them are nearly tied,
+rounding may send a token to the other one, on one side, after one update and not after the next. There the size is that
+of the three quarters of tokens that agree best (from one update to another it varies tenfold then, over all tokens a
+hundredfold), and the movement says nothing.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ ECHO = 0.5  # seconds: a terminal and a launcher may both pass on one Ctrl-C
 STOPPING = b"\ntenbit: stopping when this step is done and saved; Ctrl-C again stops at once\n"
 PATIENCE = b"tenbit: torchrun waits 30 seconds for it, or as many as TORCH_ELASTIC_SHUTDOWN_TIMEOUT said at the start\n"
 DEPLOYED_OTHERWISE = (
-    "model/ has ordinary weights: precision.fp32 and residual_scale are tenbit's way of computing with them. Where other "
-    "software runs them in FP16 they may overflow as before; there use BF16 or FP32 (docs/audit.md)"
+    "model/ has ordinary weights: precision.fp32 and residual_scale are tenbit's way of computing with them. Other "
+    "software that runs them in FP16 may overflow as before; there use BF16 or FP32 (docs/audit.md)"
 )
 Metrics = dict[str, float | int | None]
 Update = tuple[list[Batch], Totals]
