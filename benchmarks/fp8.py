@@ -52,7 +52,7 @@ def training(folder: Path) -> list[dict[str, Any]]:
     """Of each run of an ablation: how it ended, and its mismatch at the start and over its last tenth."""
     found = []
     for run in sorted(p.parent for p in folder.glob("*/recipe.toml")):
-        file = rows_file(run, "metrics.jsonl")
+        file = rows_file(run, "metrics")
         rows = [r for r in read_rows(file) if r["step"]] if file else []
         recipe, last = Recipe.load(run / "recipe.toml"), rows[-max(1, len(rows) // 10) :]
         outcome = outcome_of(run)

@@ -17,8 +17,9 @@ few tokens on top of it. Two things are held against the truth:
 Where training and rollout have different formats, or an adapter is merged into 16-bit weights, small updates may round
 away on one side only: then just the first bound holds. In a mixture of experts, where two of them are nearly tied,
 rounding may send a token to the other one, on one side, after one update and not after the next. There the size is that
-of the three quarters of tokens that agree best (from one update to another it varies tenfold then, over all tokens a
-hundredfold), and the movement says nothing.
+of the three quarters of all tokens that agree best, what was drawn among them (it still varies tenfold from one update
+to another, so the errors before count from an eighth of the bound on), and the movement says nothing. A resumed run
+begins anew with its first proof.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ DRAWN = 2
 ROOM = 16.0  # times the format's spacing
 FP32_ROOM = 256.0  # FP32's error is mostly that of the order of summation, which the spacing says less about
 JUMP = 8.0  # times the errors before
+ROUTED_ROOM = 8.0  # a mixture's errors vary tenfold: those before count from an eighth of the bound on
 ROUTED_ALIKE = 0.75  # share of a mixture's tokens that count; at worst a sixth was seen to be routed differently
 SLOPE_OFF, SURE = 0.1, 6.0  # how far from 1 a slope may be, besides so many standard errors
 
@@ -82,7 +84,7 @@ class Canary:
     bound: float
     same_format: bool
     pad_token_id: int
-    counted: float = 1.0  # share of tokens
+    routed: bool = False  # a mixture of experts
     _first: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _noise: float = 0.0
     _largest: float = 0.0
@@ -103,8 +105,7 @@ class Canary:
         same = precision.compute == precision.rollout and not precision.rounds_weights
         same = same and not (merged and precision.rollout != Format.FP32)
         mixture = is_mixture(model.module.config)
-        counted = ROUTED_ALIKE if mixture else 1.0
-        return cls(sequences, prompt, plain, bound, same, model.pad_token_id, counted)
+        return cls(sequences, prompt, plain, bound, same, model.pad_token_id, mixture)
 
     def prove(self, engine: Engine, backend: Backend) -> float:
         """The relative error of the engine's current weights, of all its members. Raises Undelivered on every rank if
@@ -142,7 +143,9 @@ class Canary:
         drawn = pi.drawn.get(answer.drawn.response_ids)
         if drawn is not None:
             pairs.append((drawn, answer.drawn.logp.double()))
-        errors = [_relative(p, q, self.counted) for p, q in pairs]
+        if self.routed:  # one token of two may be routed differently, one fifth of hundreds is not
+            pairs = [(torch.cat([p for p, _ in pairs]), torch.cat([q for _, q in pairs]))]
+        errors = [_relative(p, q, ROUTED_ALIKE if self.routed else 1.0) for p, q in pairs]
         error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
         bound = self._bound_now()
         if not error <= bound:  # NaN included
@@ -156,7 +159,7 @@ class Canary:
             )
         if self._first is None:
             self._first = fixed
-        if self.same_format and self.counted == 1:
+        if self.same_format and not self.routed:
             self._refuse_other_movement(fixed, self._first)
         self._largest = max(self._largest, error)
         return error
@@ -165,7 +168,7 @@ class Canary:
         """A few tokens may agree by luck, so the errors before count from the format's spacing on."""
         if not self._largest or not self.same_format:
             return self.bound
-        return min(self.bound, max(JUMP * self._largest, self.bound / ROOM))
+        return min(self.bound, max(JUMP * self._largest, self.bound / (ROUTED_ROOM if self.routed else ROOM)))
 
     def _refuse_other_movement(self, now: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) -> None:
         moved_pi, moved_mu = now[0] - first[0], now[1] - first[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from tenbit import world
 from tenbit.backends import Backend
 from tenbit.checkpoint import replace_folder
-from tenbit.models.loading import Model, first_names
+from tenbit.models.loading import Model, first_names, model_folder
 from tenbit.models.lora import Adapter, peft_config, peft_name
 from tenbit.precision import Precision
 
@@ -31,7 +31,7 @@ def export(folder: Path, model: Model, backend: Backend, precision: Precision) -
     dtype = precision.export.dtype
     first = first_names(model.module)
     state: dict[str, Tensor] = {}
-    for name, weight in backend.weights(dtype):
+    for name, weight in backend.weights(precision.asked(precision.export)):
         if world.is_first():
             tensor = precision.rolled_out(name, weight)
             known = state.get(first.get(name, name))
@@ -58,7 +58,8 @@ def _write_adapter(folder: Path, adapter: Adapter | None, state: dict[str, Tenso
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     save_file(state, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = peft_config(adapter.spec, state, base)
+    found = Path(model_folder(base))
+    config = peft_config(adapter.spec, state, str(found.resolve()) if found.is_dir() else base)
     (draft / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     replace_folder(draft, folder)
 

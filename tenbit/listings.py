@@ -49,7 +49,7 @@ def algorithms() -> None:
 
 def precisions() -> None:
     """List the number formats and the presets, and the plan that each preset stands for."""
-    from tenbit.precision import Format, Precision
+    from tenbit.precision import UNUSUAL, Format, Precision
     from tenbit.runlog import plan_table
 
     rows = [
@@ -66,8 +66,13 @@ def precisions() -> None:
     heads = ("format", "exponent / mantissa bits", "smallest normal", "subnormal", "largest", "next above 1")
     _print_table(heads, rows)
     console = Console(highlight=False)
-    console.print("\nA preset is a format, or training/rollout: fp16, bf16, fp32, bf16/fp32, ... The default, fp16:\n")
+    console.print(
+        "\nA preset is a format, or training/rollout: fp16, bf16, fp32, bf16/fp32, ...; fp16/fp8 and fp16/fp16~4 round "
+        "the weights that are rolled out. The default, fp16:\n"
+    )
     console.print(plan_table(Precision.parse("fp16"), {}))
+    console.print("\nKeys that are rarely set:\n")
+    _print_table(("key", "what it is"), [(k, Precision.model_fields[k].description or "") for k in UNUSUAL])
 
 
 def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

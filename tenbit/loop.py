@@ -257,7 +257,8 @@ def make_updates(groups: Sequence[list[Row]], run: Run) -> list[Update]:
 
 def routes_of(run: Run, batch: Batch) -> AbstractContextManager[Routes]:
     """A mixture's routing during a pass over this batch: seen, and replayed where the recipe says so."""
-    if run.recipe.rollout.replay and batch.experts is None and bool(batch.mask.any()):
+    known = batch.experts is not None and bool((batch.experts[:, 0] >= 0).all())  # of every row's first token
+    if run.recipe.rollout.replay and not known and bool(batch.mask.any()):
         raise EngineFailed(
             f"rollout.replay = true, but rollout.engine = {run.recipe.rollout.engine!r} did not say which experts it "
             "chose. Set rollout.replay = false, or rollout.engine = 'torch'"

@@ -20,11 +20,11 @@ class LossScale(BaseModel):
     growth: float = Field(2.0, gt=1.0)
     backoff: float = Field(0.5, gt=0.0, lt=1.0)
     interval: int = Field(2000, ge=1)
-    limit: float = Field(LARGEST_SCALE, ge=1.0, le=LARGEST_SCALE)
+    limit: float | None = Field(None, ge=1.0, le=LARGEST_SCALE)
 
     @model_validator(mode="after")
     def _within(self) -> LossScale:
-        if self.initial > self.limit:
+        if self.limit is not None and self.initial > self.limit:
             raise ValueError(
                 f"precision.loss_scale.initial = {self.initial:g} is above precision.loss_scale.limit = "
                 f"{self.limit:g}. Lower the one or raise the other"
@@ -33,7 +33,7 @@ class LossScale(BaseModel):
 
     def __str__(self) -> str:
         rules = f"{self.initial:g}, ×{self.growth:g} after {self.interval}, ×{self.backoff:g} on overflow"
-        return rules if self.limit == LARGEST_SCALE else f"{rules}, at most {self.limit:g}"
+        return rules if self.limit is None else f"{rules}, at most {self.limit:g}"
 
 
 class Scale:
@@ -60,7 +60,7 @@ class Scale:
             self.value *= self._rules.backoff
         elif self.clean_steps == self._rules.interval:
             # a checkpoint may hold more than a limit that was set since: that is not raised, and not cut either
-            raised = min(self.value * self._rules.growth, self._rules.limit)
+            raised = min(self.value * self._rules.growth, self._rules.limit or LARGEST_SCALE)
             self.value, self.clean_steps = max(self.value, raised), 0
 
     def restore(self, value: float, clean_steps: int) -> None:

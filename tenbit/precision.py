@@ -76,7 +76,11 @@ class _Value(BaseModel):
 
 
 FP8 = "fp8"  # e4m3, for weights only: what engines quantise to
-_NOT_ROUNDED = ("embed", "lm_head", "wte.", "wpe.", ".gate.", "router")  # left alone by engines that quantise
+_NOT_ROUNDED = (  # left alone by engines that quantise
+    "embed", "lm_head", "wte.", "wpe.", ".gate.", "router", "shared_expert_gate", "conv", "bias",
+)  # fmt: skip
+
+UNUSUAL = ("rollout_bits", "rollout_weights", "fp32", "residual_scale")
 
 _PRESET_HELP = (
     "write 'fp16', 'bf16', 'fp32', a training/rollout pair such as 'bf16/fp32' or 'fp16/fp8', or a table with a "
@@ -300,8 +304,12 @@ class Precision(_Value):
             held = self.rolled_out(name, tensor)
             yield name, held.to(self.sync.dtype) if held.is_floating_point() else held
 
+    def asked(self, form: Format) -> torch.dtype | None:
+        """How a backend is asked for weights that go out in a format: cast already, or as masters, to be rounded."""
+        return None if self.rounds_weights else form.dtype
+
     def rolled_out(self, name: str, tensor: Tensor) -> Tensor:
-        """A weight as the rollout policy has it, before the cast; ``[..., out, in]`` for linear layers and experts."""
+        """A master as the rollout policy has it, before the cast; ``[..., out, in]`` for linear layers and experts."""
         tensor = tensor.detach()
         if not tensor.is_floating_point() or not self.rounds_weights:
             return tensor
@@ -320,11 +328,13 @@ class Precision(_Value):
         return max(self.compute.epsilon, self.rollout.epsilon, coarse)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(part, format, what it is) for the table printed at start."""
+        """(part, format, what it is) for the table printed at start; what is rarely set only where it is."""
         fields = type(self).model_fields
         table = []
         for key in fields:
             value = getattr(self, key)
+            if key in UNUSUAL and value == fields[key].default:
+                continue
             shown = ", ".join(value) if isinstance(value, tuple) else str(getattr(value, "value", value))
             shown = "none" if value is None or value == () else shown
             table.append((key, shown, fields[key].description or ""))

@@ -101,7 +101,8 @@ class OnPolicy:
 
 def deliver(engine: Engine, backend: Backend, recipe: Recipe, canary: Canary, version: int) -> None:
     """The masters, cast once by the plan, into the engine, and proof of it; their version is the steps done."""
-    named = recipe.precision.to_engine(backend.weights(recipe.precision.sync.dtype, engine.wants))
+    plan = recipe.precision
+    named = plan.to_engine(backend.weights(plan.asked(plan.sync), engine.wants))
     engine.load_weights(named, version)
     canary.prove(engine, backend)
 
@@ -206,8 +207,8 @@ class Ahead:
         steps = range(max(self._fresh, version + 1), self._last(version) + 1)
         if version <= self._offered or not any(self.version_of(step) == version for step in steps):
             return
-        sync = self._recipe.precision.sync.dtype
-        named = iter(self._recipe.precision.to_engine(self._backend.weights(sync)))
+        plan = self._recipe.precision
+        named = iter(plan.to_engine(self._backend.weights(plan.asked(plan.sync))))
         staged, error = None, None
         if world.is_first():
             try:

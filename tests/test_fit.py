@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from typing import Any
 
@@ -12,7 +13,11 @@ import torch.nn.functional as F
 from common_training import fresh_backend, fresh_model, trajectory
 from conftest import small_module
 from ranks import on_ranks
+from rich.console import Console
+from safetensors.torch import load_file
+from test_loop import recipe, saved_tensors
 
+from tenbit import train
 from tenbit.batching import collate, ungraded
 from tenbit.engines.torch import TorchEngine
 from tenbit.mismatch import measure
@@ -180,6 +185,20 @@ def test_a_model_is_fitted_once():
         fit(module, plan("fp16"))
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("lm_head", r"precision\.head = 'fp32'"), ("model", "parts of them"), ("model.embed_tokens", "parts of them")],
+)
+def test_pitfall_29_a_name_that_would_do_nothing_is_refused(name, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        fit(small_module("llama"), plan({"preset": "fp16", "fp32": [name]}))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp.down_proj"])
+def test_layers_and_their_parts_compute_in_fp32_on_both_sides(name):
+    assert mismatch_of(fresh_model("llama"), plan({"preset": "fp16", "fp32": [name]})) < 1e-6
+
+
 def test_a_module_that_is_not_there_is_named_with_ones_that_are():
     with pytest.raises(ValueError, match=r"no module 'model\.layers\.7\.mlp'.*'model\.layers\.0\.mlp'"):
         fit(small_module("llama"), plan({"preset": "fp16", "fp32": ["model.layers.7.mlp"]}))
@@ -222,13 +241,45 @@ def test_fp8_weights_are_those_of_a_quantising_engine():
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.gate.weight", "model.norm.weight"]
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.0.mlp.shared_expert_gate.weight",
+        "model.layers.0.mlp.experts.gate_up_proj_bias",
+        "model.layers.0.linear_attn.conv1d.weight",
+        "model.norm.weight",
+    ],
 )
 def test_fp8_leaves_alone_what_engines_that_quantise_leave_alone(name):
     w = torch.randn(4, 8) if "norm" not in name else torch.randn(8)
     assert torch.equal(plan("fp16/fp8").rolled_out(name, w), w)
     other = torch.randn(4, 8)
     assert not torch.equal(plan("fp16/fp8").rolled_out("model.layers.0.mlp.gate_proj.weight", other), other)
+
+
+def test_fp8_is_rounded_from_the_masters_in_a_run_and_in_its_export(model_folder, grader, tmp_path):
+    """Not from weights that were cast to 16 bits before, whose largest in a row is another one."""
+    sent: dict[str, torch.Tensor] = {}
+    load_weights = TorchEngine.load_weights
+
+    def load(self, named, version):
+        load_weights(self, ((n, sent.setdefault(f"{version}/{n}", t.clone())) for n, t in named), version)
+
+    wanted = recipe(model_folder("llama"), task__grader=grader, precision="fp16/fp8", steps=2, checkpoint__every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchEngine, "load_weights", load)
+        run = train(wanted, tmp_path / "run", console=Console(file=io.StringIO()))
+    name = "model.layers.0.mlp.up_proj.weight"
+    for step in (1, 2):
+        master = saved_tensors(run / "checkpoints" / f"step-00000{step}")[f"master.{name}"]
+        exact = plan("fp16/fp8").rolled_out(name, master).to(Format.FP16.dtype)
+        if step == 1:
+            assert torch.equal(sent[f"1/{name}"], exact)
+            assert not torch.equal(exact, plan("fp16/fp8").rolled_out(name, master.half()))
+        else:
+            assert torch.equal(load_file(run / "model" / "model.safetensors")[name], exact)
 
 
 def test_an_engine_gets_fp8_weights_and_an_export_has_them():

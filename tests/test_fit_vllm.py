@@ -53,6 +53,8 @@ def test_remedies_hold_on_both_sides():
 def test_gemma_2_in_fp16_with_a_rescaled_stream():
     """vLLM refuses the family in FP16 for its residual stream; a plan that rescales it takes the reason away."""
     model = fresh_model("gemma2", **HEADS, head_dim=32)
+    with torch.no_grad():
+        model.module.model.layers[1].post_feedforward_layernorm.weight.fill_(4e4)  # its output passes 65504
     assert kl(model, Precision.parse({"preset": "fp16", "residual_scale": 0.0625})) < 3e-5
 
 
@@ -75,6 +77,7 @@ def test_pitfall_21_routers_of_a_mixture_are_fp32_in_vllm_too():
     [
         ("llama", {"fp32": ["model.layers.1.mlp.up_proj"]}, r"joins projections.*'model\.layers\.1\.mlp'"),
         ("qwen3_moe", {"residual_scale": 0.5}, r"residual_scale.*rollout\.engine = 'torch'"),
+        ("llama", {"fp32": ["model.layers.1.self_attn"]}, r"holds attention.*rollout\.engine = 'torch'"),
         ("qwen3_moe", {"fp32": ["model.layers.1.mlp"]}, r"cannot be taken to FP32.*rollout\.engine = 'torch'"),
     ],
 )

@@ -270,3 +270,19 @@ def test_a_run_on_cuda(model_folder, tmp_path, rewarding, precision):
     wanted = recipe(model_folder(), task__grader=rewarding, precision=precision)
     found = rows(train(wanted, tmp_path / "r", console=QUIET))
     assert found[-1]["mismatch/kl_k3"] < (1e-3 if precision != "fp32" else 1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_moe", {"rollout__replay": True}),
+        ("qwen2", {"lora": {"rank": 8, "alpha": 16}}),
+        ("qwen2", {"lora": {"rank": 8, "alpha": 16, "rollout": "adapter"}}),
+        ("llama", {"precision": {"preset": "fp16", "residual_scale": 0.0625, "fp32": ["model.layers.1.mlp"]}}),
+    ],
+)
+def test_a_run_on_cuda_with_more_inside(model_folder, tmp_path, rewarding, family, changes):
+    wanted = recipe(model_folder(family), task__grader=rewarding, **changes)
+    found = rows(train(wanted, tmp_path / "r", console=QUIET))
+    assert found[-1]["mismatch/kl_k3"] < 1e-3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,10 +23,11 @@ from tenbit.batching import collate
 from tenbit.canary import Canary
 from tenbit.engines.torch import TorchEngine
 from tenbit.lora_spec import LoraSpec
+from tenbit.models import loading
 from tenbit.models.lora import Adapter, is_adapter, linears, plain, targets
 from tenbit.precision import Format, Precision
 from tenbit.prompts import Asked
-from tenbit.recipe import BackendSpec, OptimSpec
+from tenbit.recipe import BackendSpec, ModelSpec, OptimSpec
 from tenbit.sampler import deliver
 from tenbit.studies import plan_memory
 from tenbit.studies.plan_memory import Trainer
@@ -322,7 +325,7 @@ def test_a_stale_adapter_is_caught(plan, rollout):
     backend, engine = pair(plan, rollout)
     wanted = Recipe.of({"steps": 1, "precision": plan, "rollout": {"max_tokens": 8}})
     asked = [Asked(Problem("", "", ""), tuple(range(60)))]
-    model = fresh_model("llama")
+    model = replace(fresh_model("llama"), adapter=backend.adapter)
     canary = Canary.of(asked, model, wanted.precision, Sampling(8), 300)
     with engine:
         deliver(engine, backend, wanted, canary, 0)
@@ -404,6 +407,10 @@ def assert_exported(run, base, saved, precision):
     for name, p in exported.named_parameters():
         torch.testing.assert_close(p.double(), want[name], rtol=1.01 * precision.export.epsilon, atol=1e-7)
     exact = [logp.detach() for logp in logp_by_hand(copy.deepcopy(base).double(), want, SEQUENCES)]
+    named = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == base.config._name_or_path
+    with pytest.raises(ValueError, match=r"is an adapter. The whole model of a run is in model/"):
+        loading.load(ModelSpec.model_validate({"path": str(run / "adapter")}))
     peft = PeftModel.from_pretrained(base, run / "adapter")
     assert {p.dtype for n, p in peft.named_parameters() if "lora_" in n} == {torch.float32}
     theirs = []

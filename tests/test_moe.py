@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +30,10 @@ from tenbit.models.experts import is_mixture, refuse_replay, routed, router_laye
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
+from tenbit.rollout import Collected
+from tenbit.sampler import Supply, _plain, _supply
 from tenbit.scoring import measured, score
-from tenbit.types import Batch, Completion, Prompt, Sampling, Undelivered, merge
+from tenbit.types import Batch, Completion, Problem, Prompt, Rollout, Sampling, Undelivered, merge
 
 QUIET = Console(file=io.StringIO())
 
@@ -294,11 +298,14 @@ def test_the_canary_excuses_flipped_experts_and_no_stale_ones():
                     p.add_(0.01 * p.abs().mean() * torch.randn_like(p))
             engine.load_weights(plan.to_engine(module.state_dict().items()), 0)
             backend = backend_of(copy.deepcopy(module), "bf16")
-            answers, expected = canary.ask(engine), canary.expect(backend)
+            answers = canary.ask(engine)
+            expected = canary.expect(backend, [a.drawn.response_ids for a in answers])
             canary.judge(answers, expected)  # raises nothing
             pairs = zip(expected.sequences, answers[0].scored, strict=True)
             worst = max(worst, *(float((p - q).abs().max()) for p, q in pairs))
         assert worst > 0.1  # at least one expert did flip
+        drawn = replace(answers[0].drawn, logp=answers[0].drawn.logp - torch.tensor([0.0, 0.3]))
+        canary.judge([replace(answers[0], drawn=drawn)], expected)  # also of the two tokens that were drawn
         with torch.no_grad():
             module.model.layers[0].mlp.experts.down_proj.mul_(-1)
         with pytest.raises(Undelivered, match="canary"):
@@ -433,3 +440,17 @@ def test_the_documents_table_is_what_was_measured(monkeypatch):
         gain = row["no replay"]["kl_k3"] / row["replay"]["kl_k3"]
         low, high = {"fp16": (100, 350), "bf16": (10, 31), "fp32": (0.9, 1.1)}[name]
         assert low < gain < high
+
+
+def test_experts_survive_a_checkpoint_of_what_is_sampled_ahead():
+    experts = torch.arange(24, dtype=torch.int16).view(6, 2, 2)
+    completion = Completion((1, 2, 3), (4, 5, 6, 7), torch.zeros(4), "length", 2, 0, experts)
+    group = [Rollout(Problem("p", "a", "id"), completion, "text", 1.0, True, 0)]
+    supply = Supply(Collected([group], [group], 1), 1, Counter())
+    buffer = io.BytesIO()
+    torch.save(_plain(supply), buffer)
+    buffer.seek(0)
+    again = _supply(torch.load(buffer, weights_only=True)).collected.groups[0][0].completion
+    assert again.experts is not None
+    assert torch.equal(again.experts, experts)
+    assert again.experts.dtype == torch.int16

@@ -215,7 +215,14 @@ def test_verify_accepts_what_the_plan_says_and_finds_every_wrong_cast(pair: str,
 def test_rows_show_every_part_of_the_plan():
     rows = Precision.parse("fp16/bf16").rows()
     shown = {key: value for key, value, _ in rows}
-    assert set(shown) == set(Precision.model_fields)
+    rare = {"rollout_bits", "rollout_weights", "fp32", "residual_scale"}
+    assert set(shown) == set(Precision.model_fields) - rare
+    more = {"preset": "fp16", "fp32": ["model.layers.0.mlp"], "residual_scale": 0.5, "loss_scale": {"limit": 131072.0}}
+    everything = {key: value for key, value, _ in Precision.parse(more).rows()}
+    assert everything["fp32"] == "model.layers.0.mlp"
+    assert everything["residual_scale"] == "0.5"
+    assert everything["loss_scale"] == "65536, ×2 after 2000, ×0.5 on overflow, at most 131072"
+    assert {k: v for k, v, _ in Precision.parse("fp16/fp8").rows()}["rollout_weights"] == "fp8"
     assert shown["compute"] == "fp16"
     assert shown["rollout"] == "bf16"
     assert shown["loss_scale"] == "65536, ×2 after 2000, ×0.5 on overflow"

@@ -114,6 +114,10 @@ def _wide_method(linear: Any, back: bool) -> Any:
 
 
 def _in_fp32(name: str, module: nn.Module) -> None:
+    if any(hasattr(part, "kv_cache") for part in module.modules()):
+        raise ValueError(
+            f"precision.fp32: {name} holds attention, whose keys and values have one format in vLLM. {_USE_TORCH}"
+        )
     for inner, part in module.named_modules():
         if not any(True for _ in part.parameters(recurse=False)):
             continue
@@ -163,7 +167,7 @@ def _rescale(model: Any, scale: float) -> None:
         ends = [getattr(layer.self_attn, "o_proj", None), getattr(layer.mlp, "down_proj", None)]
         if sandwiched:
             for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-                _replace(norm, partial(_times_output, norm.forward, scale))
+                _replace(norm, partial(_wide_norm, norm.forward, scale))
         elif any(end is None or getattr(end, "bias", None) is not None for end in ends):
             raise _not_rescalable(type(layer).__name__)
         else:
@@ -184,6 +188,11 @@ def _scale_eps(norm: Any, scale: float) -> None:
 
 def _times_input(inner: Any, scale: float, self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return inner(x * scale, *args, **kwargs)
+
+
+def _wide_norm(inner: Any, scale: float, self: nn.Module, x: Tensor) -> Tensor:
+    """In FP32 until it is scaled: before that it may be out of range."""
+    return (inner(x.to(WIDE)) * scale).to(x.dtype)
 
 
 def _times_output(inner: Any, scale: float, self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ the same names: `engines/vllm_fit.py` does the same there.
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -56,15 +57,20 @@ def all_routers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _named(module: nn.Module, name: str) -> nn.Module:
-    known = dict(module.named_modules())
-    if name not in known or not name:
-        last = name.rpartition(".")[2]
-        near = [n for n in known if n.rpartition(".")[2] == last][:3] or [n for n in known if n][:3]
-        raise ValueError(
-            f"precision.fp32: the model has no module {name!r}. Names are as in the model, for example "
-            f"{', '.join(map(repr, near))}"
-        )
-    return known[name]
+    """A decoder layer, or a part of one."""
+    known = {n: m for n, m in module.named_modules() if re.search(r"\.\d+(\.|$)", n)}
+    if name in known:
+        return known[name]
+    if name in dict(module.named_modules()):
+        head = module.get_submodule(name) is getattr(module, "get_output_embeddings", lambda: None)()
+        remedy = "Set precision.head = 'fp32' for the head" if head else "Name layers or parts of them"
+        raise ValueError(f"precision.fp32: {name!r} is no layer of the model, and no part of one. {remedy}")
+    last = name.rpartition(".")[2]
+    near = [n for n in known if n.rpartition(".")[2] == last][:3] or [n for n in known if n.endswith("mlp")][:3]
+    raise ValueError(
+        f"precision.fp32: the model has no module {name!r}. Names are as in the model, for example "
+        f"{', '.join(map(repr, near))}"
+    )
 
 
 # --- FP32

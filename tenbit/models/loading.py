@@ -200,6 +200,9 @@ def model_folder(path: str) -> str:
         return str(BUILTIN)
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
         raise ValueError(f"model.path = {path!r}: there is no such folder")
+    here = Path(path).expanduser()
+    if (here / "adapter_config.json").is_file() and not (here / "config.json").is_file():
+        raise ValueError(f"model.path = {path!r} is an adapter. The whole model of a run is in model/, beside adapter/")
     return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
 
 
@@ -275,13 +278,36 @@ def _refuse_dropout(module: PreTrainedModel, spec: ModelSpec) -> None:
             )
 
 
+def _refuse_not_finite(module: PreTrainedModel) -> None:
+    """An inf or NaN in the files makes NaN of everything, wherever it is; with its name it can be repaired."""
+    bad = [name for name, p in module.named_parameters() if p.numel() and not _is_finite(p)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"model.path: inf or NaN in the weights {', '.join(bad[:3])}{more}, as they are in the files. Take another "
+            "checkpoint, or repair these tensors"
+        )
+
+
+@torch.no_grad()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Without a mask of the tensor's size: the smallest and the largest value are NaN if any is."""
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 @torch.no_grad()
 def _check_head(module: PreTrainedModel) -> None:
     """Our logits from hidden states must be the architecture's own, or training would optimise another policy."""
+    _refuse_not_finite(module)
     embedding: Any = module.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]
     ids = torch.arange(1, 9, device=module.device).remainder(vocabulary)[None]
     theirs = module(input_ids=ids, use_cache=False).logits.float()
+    if not bool(theirs.isfinite().all()):
+        raise ValueError(
+            "model.path: its logits are inf or NaN in FP32, though no weight is: an activation passes 3.4e38. No "
+            "format can hold it; take another checkpoint"
+        )
     hidden = module.base_model(input_ids=ids, use_cache=False).last_hidden_state
     ours = Head.of(module, Format.FP32.dtype).logits(hidden)
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max().clamp(min=1))):

@@ -36,7 +36,7 @@ def render(audit: Mapping[str, Any], name: str) -> str:
         said=_said(audit),
         because=verdict["because"],
         toml=verdict["toml"],
-        notes=audit["notes"],
+        notes=[*audit["unfollowed"], *audit["notes"]],
         numbers=_numbers(audit),
         overview=overview(audit),
         pictures=pictures(audit),
@@ -50,12 +50,14 @@ def render(audit: Mapping[str, Any], name: str) -> str:
 
 
 def _said(audit: Mapping[str, Any]) -> str:
-    kind, precision, trial = audit["verdict"]["kind"], audit["precision"], audit["trial"]
+    kind, precision, trial, seen = audit["verdict"]["kind"], audit["precision"], audit["trial"], audit["seen"]
+    looked = f"{whole(seen['tokens'])} tokens of {whole(seen['answers'])} answers were seen."
     if kind == "unsafe":
-        return f"Unsafe in {precision}: train it in bf16 or fp32."
+        return f"Unsafe in {precision}: train it in bf16 or fp32. {looked}"
     tried = (
         f"One gradient step and one scoring by tenbit's own trainer and engine were finite; KL from FP32 "
-        f"{scientific(trial['trainer'])} per token, between training and sampling {scientific(trial['engine'])}."
+        f"{scientific(trial['trainer'])} per token, between training and sampling {scientific(trial['engine'])}. "
+        f"{looked}"
     )
     if kind == "safe":
         return f"Safe in {precision}. {tried}"
@@ -125,7 +127,7 @@ def _weights(audit: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _settings(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
     out = [(key, str(audit[key])) for key in ("model", "data", "device")]
-    out += [(key, f"{v:g}" if isinstance(v, float) else str(v)) for key, v in audit["answers"].items()]
-    out += [(key, str(v)) for key, v in audit["training"].items() if v is not None]
+    given = {**audit["answers"], **{k: v for k, v in audit["training"].items() if v is not None}}
+    out += [(key, f"{v:g}" if isinstance(v, float) else str(v)) for key, v in given.items()]
     out += [(f"a gradient step's {key}".replace("_", " "), f"{v:,}") for key, v in audit["totals"].items()]
     return out + [(f"version of {key}", v) for key, v in audit["versions"].items()]

@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from tenbit.scoring import sample
 from tenbit.studies.audit_anatomy import Anatomy, anatomy_of, is_wide
 from tenbit.studies.audit_backward import Histogram, Window, strict_scale
 from tenbit.studies.audit_forward import Place
+from tenbit.studies.audit_notes import few, of_recipe, unfollowed
 from tenbit.studies.audit_plan import AuditPlan, make_plan, write_applied
-from tenbit.studies.audit_run import Seen, Trial, confirm, rows_of, watch
+from tenbit.studies.audit_run import MOST_BENT, Seen, Trial, confirm, rows_of, watch
 from tenbit.studies.audit_verdict import (
     HEADROOM,
     Finding,
@@ -83,6 +84,9 @@ class Audit:
     verdict: Verdict
     notes: tuple[str, ...] = ()
     totals: Totals = field(default_factory=lambda: Totals(0, 0, 0))
+    answers: int = 0
+    tokens: int = 0  # of the answers
+    unfollowed: tuple[str, ...] = ()  # what the recipe's engine will refuse of `plan`
 
     @property
     def window(self) -> Window:
@@ -110,6 +114,7 @@ class Audit:
             "headroom_wanted": HEADROOM,
             "share_that_may_vanish": loss_share(self.plan.compute),
             "totals": vars(self.totals),
+            "seen": {"answers": self.answers, "tokens": self.tokens},
             "verdict": self.verdict.as_dict(),
             "findings": [f.as_dict() for f in self.first],
             "left": [f.as_dict() for f in self.left],
@@ -126,6 +131,7 @@ class Audit:
             ],
             "backward": [self._gradient(p, h) for p, h in self.seen.backward.items()],
             "notes": list(self.notes),
+            "unfollowed": list(self.unfollowed),
         }  # fmt: skip
 
     def _gradient(self, place: Place, h: Histogram) -> dict[str, Any]:
@@ -162,7 +168,8 @@ def audit_model(
     weights = tuple(w for f in formats for w in measure_weights(model.module.named_parameters(), f))
     note(f"going through {sum(r.length for r in rows):,} tokens in {base.master.value}, forward and backward")
     before = seen = watch(model, recipe, plan, rows, totals)
-    notes: list[str] = []
+    responses, tokens = len(rows), sum(r.rollout.completion.length for r in rows)
+    notes = few(responses, tokens)
     first = left = judge(anatomy, plan, weights, seen.forward, seen.backward)
     cured: list[Finding] = []
     for _ in range(ROUNDS):
@@ -185,18 +192,23 @@ def audit_model(
     trial = None
     if not left:
         note(f"one gradient step and one scoring in {plan.name}")
-        trial = confirm(model, recipe, plan, rows, totals, before.logps)
+        trial = confirm(model, recipe, plan, rows, totals, before)
     if trial is not None and trial.finite and not trial.passed and plan.head == "model":
         note(f"{trial.failed}; once more with head = fp32")
         drift = drifted(anatomy, trial)
         wider = remedied(plan, [drift])
-        again = confirm(model, recipe, wider, rows, totals, before.logps)
+        again = confirm(model, recipe, wider, rows, totals, before)
         if again.passed:
             cured, plan, trial = [*cured, drift], wider, again
+    if trial is not None and trial.doubt > MOST_BENT:
+        notes.append(
+            f"FP32 itself knows the gradient's norm only to {trial.doubt:.0%}, for large terms cancel in it: it is not "
+            "compared with that of the plan"
+        )
     verdict = verdict_of(base, plan, cured, left, trial)
     return Audit(
         settings, anatomy, base, plan, weights, before, seen, tuple(first), tuple(left), trial, verdict,
-        tuple(notes), totals,
+        tuple(notes), totals, responses, tokens,
     )  # fmt: skip
 
 
@@ -211,28 +223,32 @@ def run(plan: AuditPlan, out: Path | None, console: Console) -> Audit:
     with said_in_options(OPTIONS):
         note(f"sampling {len(prompts)} answers in fp32")
         completions = sample(recipe, model, Precision.parse("fp32"), prompts)
-    rows = rows_of(completions)
+    rows = rows_of(completions, plan.advantage)
     audit = audit_model(model, recipe, rows, plan.totals(rows), note, settings_of(recipe, model, rows, plan))
+    beside = of_recipe(recipe, plan.own, plan.target)
+    refused = unfollowed(audit.plan, plan.own, model.module)
+    audit = replace(audit, notes=(*beside, *audit.notes), unfollowed=tuple(refused))
     make_folder(folder)
     (folder / ".lock").unlink(missing_ok=True)  # an audit is never gone on with
     page = save(audit, folder)
     show(audit, console)
-    if plan.target is not None:
-        _apply(audit, plan.target, console)
+    if plan.target is not None and plan.own is not None:
+        _apply(audit, plan.target, plan.own.precision, console)
     console.print(f"\n{page}\n{folder / FILE}", soft_wrap=True)
     return audit
 
 
-def _apply(audit: Audit, target: Path, console: Console) -> None:
+def _apply(audit: Audit, target: Path, before: Precision, console: Console) -> None:
+    """Writes the recipe with the plan that was audited, where that is another than the recipe has."""
     kind, model = audit.verdict.kind, audit.settings["model"]
-    if kind == "safe with":
-        path = write_applied(
-            target, audit.verdict.remedies, f"{target.name} with the remedies of `tenbit audit {model}`"
-        )
-        console.print(Text.assemble(("applied  ", "dim"), str(path)), soft_wrap=True)
-    else:
-        why = "it needs no remedy" if kind == "safe" else "no remedy was found"
+    if kind == "unsafe" or audit.plan == before:
+        why = "it needs no remedy" if kind != "unsafe" else "no remedy was found"
         console.print(Text(f"{target}: nothing is written, for {why}"), soft_wrap=True)
+        return
+    said = [f"{target.name} with the plan of `tenbit audit {model}`", *audit.unfollowed]
+    path = write_applied(target, audit.plan, "\n".join(said))
+    word = ("written, but its engine does not follow it  ", "bold red") if audit.unfollowed else ("applied  ", "dim")
+    console.print(Text.assemble(word, str(path)), soft_wrap=True)
 
 
 def save(audit: Audit, folder: Path) -> Path:
@@ -257,6 +273,7 @@ def settings_of(recipe: Recipe, model: Model, rows: Sequence[Row], plan: AuditPl
         },
         "training": {
             "algorithm": recipe.algorithm.name,
+            "advantage": plan.advantage,
             "token_budget": recipe.optim.token_budget,
             "attention": recipe.model.attention,
             "recipe": str(plan.target) if plan.target else None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tenbit.backends.scorer import decoder_layers
-from tenbit.models.fit import routers
+from tenbit.models.fit import all_routers
 from tenbit.precision import Precision
 from tenbit.studies.audit_forward import Place, Range
 
@@ -108,7 +108,7 @@ def anatomy_of(module: Any) -> Anatomy:
         embedding=names[id(module.get_input_embeddings())],
         last_norm=names.get(id(last), ""),
         head=head_name(module),
-        routers=frozenset(routers(module)),
+        routers=frozenset(all_routers(module)),
         norms=norms,
         eager=getattr(module.config, "_attn_implementation", None) == "eager",
     )

@@ -272,11 +272,13 @@ class Backward:
         if x.requires_grad:
             x.register_hook(lambda g: self.see(place, g))
 
-    def see_parameters(self) -> None:
-        """Takes the gradients of a micro-batch off the parameters."""
+    def see_parameters(self, sums: dict[str, Tensor] | None = None) -> None:
+        """Takes the gradients of a micro-batch off the parameters, and adds them to `sums`."""
         for name, p in self._model.named_parameters():
             if p.grad is not None:
                 self.see(Place(name, "weight"), p.grad)
+                if sums is not None:
+                    sums[name] = sums[name].add_(p.grad) if name in sums else p.grad
                 p.grad = None
 
     def see_logits(
@@ -290,6 +292,10 @@ class Backward:
             z = product if head.softcap is None else head.softcap * torch.tanh(product / head.softcap)
             logp = (z * head.scale / temperature).log_softmax(-1).gather(-1, t[:, None])
             self.see(Place(name, "logits"), torch.autograd.grad(logp, product, g[:, None])[0])
+
+    def not_finite(self) -> Iterator[Place]:
+        """Places with an inf or NaN, in the order in which gradients arrived."""
+        return (place for place, seen in self._seen.items() if bool(seen.not_finite))
 
     def histograms(self) -> dict[Place, Histogram]:
         """In the order of the model's modules, each module's parameters after it."""

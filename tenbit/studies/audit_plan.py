@@ -16,13 +16,18 @@ from typing import Any
 
 import tomli_w
 
+from tenbit.advantages import ADVANTAGES
 from tenbit.batching import Row, totals
-from tenbit.models.loading import Model
+from tenbit.models.fit import fit
+from tenbit.models.loading import Model, load_outline
 from tenbit.precision import Precision
 from tenbit.prompts import Asked
-from tenbit.recipe import Recipe, override
+from tenbit.recipe import AlgorithmSpec, Recipe, RolloutSpec, override
 from tenbit.runlog import write_atomic
 from tenbit.studies import probe_plan
+from tenbit.studies.audit_run import largest_advantage
+from tenbit.studies.audit_verdict import changes
+from tenbit.studies.options import said_in_options
 from tenbit.types import Totals
 
 PROMPTS, SAMPLES, LONGEST = 32, 2, 256
@@ -31,17 +36,22 @@ PROMPTS, SAMPLES, LONGEST = 32, 2, 256
 @dataclass(frozen=True)
 class AuditPlan:
     """`probe`: how to sample and train; its recipe's precision is what is judged. `target` and `own`: the recipe that
-    `--apply` named."""
+    `--apply` named. `advantage`: the largest that its algorithm makes of rewards of 0 and 1."""
 
     probe: probe_plan.Plan
     target: Path | None = None
     own: Recipe | None = None
+    advantage: float = 1.0
 
     @property
     def precision(self) -> Precision:
         return self.probe.recipe.precision
 
     def open(self) -> tuple[Model, list[Asked], Recipe]:
+        """Loads model and problems. Raises ValueError, for what the plan says of the model before it is read."""
+        if self.precision.alters:
+            with said_in_options(probe_plan.OPTIONS):
+                fit(load_outline(self.probe.recipe.model).module, self.precision)
         model, asked, plan = self.probe.open()
         return model, asked, plan.recipe
 
@@ -79,9 +89,23 @@ def make_plan(
     if own is not None:
         recipe = _trained_as(recipe, own, {_section(item) for item in others})
     judged = _judged(precision, apply, inside)
+    if own is not None:
+        Recipe.of(own.tree() | {"precision": table_of(judged)}, str(apply))  # or it could not be written in the end
     recipe = recipe.model_copy(update={"precision": judged})
     plan = probe_plan.Plan(recipe, (judged,), plan.longest_given)
-    return AuditPlan(plan if plan.longest_given else plan.with_longest(LONGEST), apply, own)
+    plan = plan if plan.longest_given else plan.with_longest(LONGEST)
+    return AuditPlan(plan, apply, own, _advantage(recipe.algorithm, own, others))
+
+
+def _advantage(spec: AlgorithmSpec, own: Recipe | None, overrides: Sequence[str]) -> float:
+    """Of the algorithm that is audited, in groups as large as the recipe's, or as a recipe's are by default."""
+    said = {item.partition("=")[0].strip() for item in overrides}
+    if own is not None and not any(key.startswith("algorithm.") for key in said):
+        spec = own.algorithm
+    elif "algorithm.advantage" not in said:
+        spec = spec.model_copy(update={"advantage": None})  # the audit's own is for sampling: without a baseline
+    group = own.rollout.samples if own is not None else RolloutSpec.model_validate({"max_tokens": 1}).samples
+    return largest_advantage(ADVANTAGES[spec.build().advantage], group)
 
 
 def _section(item: str) -> str:
@@ -120,15 +144,16 @@ def refuse_taken(path: Path) -> None:
         raise ValueError(f"--apply: {path} is there already, of an earlier audit. Move or delete it")
 
 
-def write_applied(recipe: Path, remedies: Mapping[str, Any], said: str) -> Path:
-    """The recipe as it was written, with the remedies in its precision table. Comments are not kept."""
+def table_of(precision: Precision) -> dict[str, Any]:
+    """A plan as a recipe's `[precision]` has it: the preset of its formats, and what differs from that."""
+    return {"preset": precision.name, **changes(Precision.parse(precision.name), precision)}
+
+
+def write_applied(recipe: Path, precision: Precision, said: str) -> Path:
+    """The recipe as it was written, with this plan in its precision table. Comments are not kept."""
     tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    table = tree.get("precision", "fp16")
-    table = dict(table) if isinstance(table, dict) else {"preset": table}
-    for key, value in remedies.items():
-        table[key] = {**table.get(key, {}), **value} if isinstance(value, dict) else value
-    tree["precision"] = table
-    Recipe.of(tree, str(recipe))
+    tree["precision"] = table_of(precision)
+    assert Recipe.of(tree, str(recipe)).precision == precision
     target = applied_path(recipe)
     refuse_taken(target)
     head = "".join(f"# {line}\n" for line in said.splitlines())

@@ -1,16 +1,16 @@
 """The two runs of an audit: one in FP32 that is watched, and one by the plan that must come out finite.
 
     seen = watch(model, recipe, precision, rows)          true values of activations and gradients, none overflows
-    trial = confirm(model, recipe, precision, rows, seen.logps)      the same tokens by tenbit's own backend and engine
+    trial = confirm(model, recipe, precision, rows, seen)            the same tokens by tenbit's own backend and engine
 
-`rows` are sampled answers with advantages of +1 and -1 in turn; the loss is the recipe's algorithm's, cut into the
-recipe's micro-batches and divided by `Totals`, as training does it. `precision` may hold remedies: of these the
+`rows` are sampled answers with advantages of +a and -a in turn, a being the largest that the algorithm makes of rewards
+of 0 and 1; the loss is the recipe's algorithm's, cut into the recipe's micro-batches and divided by `Totals`, as
+training does it. `precision` may hold remedies: of these the
 residual scale changes values, so the watched copy is rescaled; modules in FP32 change none.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tenbit import algorithms
+from tenbit.advantages import Advantage
+from tenbit.backends import StepStats
 from tenbit.backends.single import SingleBackend
-from tenbit.batching import Row, collate, micro_batches
+from tenbit.batching import Row
 from tenbit.engines.choose import make_engine
 from tenbit.mismatch import measure
 from tenbit.models.fit import fit_loaded
@@ -34,9 +36,11 @@ from tenbit.studies.audit_anatomy import head_name
 from tenbit.studies.audit_backward import Backward, Histogram
 from tenbit.studies.audit_forward import Forward, Place, Range
 from tenbit.studies.audit_inside import inside_seen
+from tenbit.studies.audit_where import batches_of, copied, first_bad, flat_targets, loss_of
 from tenbit.types import Batch, Completion, Overflow, Problem, Rollout, Stats, Totals
 
 MOST_DRIFT = 1e-2  # KL per token between the plan and FP32; BF16's rounding gives 1e-5 to 1e-3
+MOST_BENT = 0.1  # of the gradient's norm, beside FP32's; FP16's rounding takes 1e-4 to 1e-3, BF16's up to 1e-2
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,14 @@ class Seen:
     backward: dict[Place, Histogram]
     logps: list[Tensor]
     micro_batches: int
+    grad_norm: float  # of the whole step
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of the plan. `trainer` and `engine` are KL k3 per token: from FP32, and between the two sides."""
+    """What came of the plan. `trainer` and `engine` are KL k3 per token: from FP32, and between the two sides;
+    `bent` is how far the gradient's norm is from FP32's, of its size, and `doubt` how far FP32 is from itself, where
+    that was asked; `where` the module that failed."""
 
     finite: bool
     scale: float
@@ -59,6 +66,9 @@ class Trial:
     trainer: float | None
     engine: float | None
     failed: str = ""  # what was not finite, or too far off
+    bent: float | None = None
+    doubt: float = 0.0
+    where: str = ""
 
     @property
     def passed(self) -> bool:
@@ -68,26 +78,21 @@ class Trial:
         return vars(self) | {"passed": self.passed}
 
 
-def rows_of(completions: Sequence[Completion]) -> list[Row]:
-    """Advantages of +1 and -1 in turn: as large as a reward of 0 or 1 makes them, and of both signs."""
+def largest_advantage(advantage: Advantage, group: int) -> float:
+    """Of rewards of 0 and 1, the largest |advantage| that a group of so many answers can have: divided by the standard
+    deviation, one right answer of 16 has 3.75."""
+    if advantage.baseline == "none" or group < 2:
+        return 1.0
+    rewards = (torch.arange(group) < right for right in range(1, group))
+    return max(float(advantage(r).abs().max()) for r in rewards)
+
+
+def rows_of(completions: Sequence[Completion], advantage: float = 1.0) -> list[Row]:
+    """Advantages of this size, + and - in turn."""
     return [
-        Row(Rollout(Problem("", "", ""), c, "", 0.0, False, i), 1.0 if i % 2 == 0 else -1.0)
+        Row(Rollout(Problem("", "", ""), c, "", 0.0, False, i), advantage if i % 2 == 0 else -advantage)
         for i, c in enumerate(completions)
     ]
-
-
-def batches_of(rows: Sequence[Row], budget: int, pad_token_id: int) -> list[tuple[list[int], Batch]]:
-    """(row indices, batch) a micro-batch."""
-    return [
-        (part, collate([rows[i] for i in part], pad_token_id))
-        for part in micro_batches([r.length for r in rows], budget)[0]
-    ]
-
-
-def copied(model: Model) -> Any:
-    """The FP32 module once more, on its device; the model itself is never changed."""
-    module: Any = copy.deepcopy(model.module)
-    return module.to(model.device)
 
 
 def watch(model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row], totals: Totals) -> Seen:
@@ -100,6 +105,7 @@ def watch(model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row
     forward, backward = Forward(module), Backward(module, precision.compute)
     how, heat = recipe.algorithm.build(), recipe.rollout.temperature
     logps: list[Tensor] = [torch.zeros(0)] * len(rows)
+    sums: dict[str, Tensor] = {}
     parts = batches_of(rows, recipe.optim.token_budget, model.pad_token_id)
 
     def look(place: Place, x: Tensor) -> None:
@@ -108,33 +114,64 @@ def watch(model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row
 
     for part, on_cpu in parts:
         batch = on_cpu.to(model.device)
-        row, t = batch.mask.nonzero(as_tuple=True)
-        targets = batch.tokens[row, batch.prompt_length[row] + t]
+        at, targets = flat_targets(batch)
         with forward.watching(), backward.watching(), inside_seen(module, look):
             hidden = response_hidden(module, batch.tokens, batch.prompt_length, batch.mask)
         forward.see_logits(hidden, head, name)
         flat, _ = token_logprobs(hidden, head, targets, heat)
-        logp = torch.zeros(batch.mask.shape, device=model.device).index_put((row, t), flat)
-        if how.needs_old:
-            batch = batch.with_old(logp.detach())
         flat.retain_grad()
-        value, _ = algorithms.loss(how, logp, batch, totals)
+        value, logp = loss_of(how, flat, at, batch, totals)
         value.backward()
         assert flat.grad is not None
         backward.see_logits(hidden, head, targets, heat, flat.grad, name)
-        backward.see_parameters()
+        backward.see_parameters(sums)
         for i, values, mask in zip(part, logp.detach().cpu(), on_cpu.mask, strict=True):
             logps[i] = values[mask].clone()
-    return Seen(forward.ranges(), backward.histograms(), logps, len(parts))
+    norm = float(torch.nn.utils.get_total_norm(sums.values()))
+    return Seen(forward.ranges(), backward.histograms(), logps, len(parts), norm)
 
 
 def confirm(
-    model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row], totals: Totals, wanted: Sequence[Tensor]
+    model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row], totals: Totals, wanted: Seen
 ) -> Trial:
-    """One gradient step and one scoring by the engine as a run with this plan does them, from `wanted` in FP32."""
+    """One gradient step and one scoring by the engine as a run with this plan does them, beside `wanted` of FP32."""
+    logps, step = _gradient_step(model, recipe, precision, rows, totals)
+    training, finite = f"{precision.compute.value} training", all(bool(x.isfinite().all()) for x in logps)
+    if step.skipped or not finite:
+        what = f"gradients are not finite in {training} at a loss scale of {step.loss_scale:g}"
+        what = what if finite else f"log-probabilities are not finite in {training}"
+        bad = first_bad(model, recipe, precision, rows, totals)
+        said = "" if bad is None else f": the first is {'the gradient of ' if finite else ''}{bad}"
+        off = kl(logps, wanted.logps) if finite else None
+        return Trial(False, step.loss_scale, None, off, None, what + said, where=bad.module if bad else "")
+    assert step.grad_norm is not None
+    off = kl(logps, wanted.logps)
+    try:
+        mu = _engine_scores(model, recipe, precision, rows)
+    except Overflow as error:
+        return Trial(False, step.loss_scale, step.grad_norm, off, None, f"the engine: {error}")
+    apart, bent, doubt = kl(logps, mu), _off(step.grad_norm, wanted.grad_norm), 0.0
+    failed = ""
+    if not max(off, apart) <= MOST_DRIFT:
+        what = "training and FP32" if off > MOST_DRIFT else "training and sampling"
+        failed = f"KL {max(off, apart):.2g} per token between {what} is more than rounding"
+    elif not bent <= MOST_BENT:
+        doubt = _doubt(model, recipe, rows, totals, wanted)
+        if doubt <= MOST_BENT:
+            failed = (
+                f"the gradient's norm is {step.grad_norm:.3g} in {training} and {wanted.grad_norm:.3g} in FP32, "
+                f"{bent:.0%} off; rounding takes 1%"
+            )
+    return Trial(True, step.loss_scale, step.grad_norm, off, apart, failed, bent, doubt)
+
+
+def _gradient_step(
+    model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row], totals: Totals
+) -> tuple[list[Tensor], StepStats]:
+    """Log pi of every row's response, and what came of the step; on a copy of the model."""
     own = replace(model, module=copied(model))
     backend = SingleBackend(own, precision, recipe.optim, recipe.rollout.temperature, 1)
-    how, scale = recipe.algorithm.build(), precision.loss_scale.initial if precision.loss_scale else 1.0
+    how = recipe.algorithm.build()
     logps: list[Tensor] = [torch.zeros(0)] * len(rows)
     for part, batch in batches_of(rows, recipe.optim.token_budget, model.pad_token_id):
         scored = backend.logprobs(batch).cpu()
@@ -145,42 +182,19 @@ def confirm(
             return algorithms.loss(how, logp, b, totals)
 
         backend.accumulate(batch.with_old(scored) if how.needs_old else batch, loss)
-    if not all(bool(x.isfinite().all()) for x in logps):
-        bad = _first_bad(model, recipe, precision, rows)
-        failed = f"log-probabilities are not finite in {precision.compute.value} training" + (f": {bad}" if bad else "")
-        return Trial(False, scale, None, None, None, failed)
-    step = backend.step()
-    if step.skipped:
-        failed = f"gradients are not finite in {precision.compute.value} training at a loss scale of {scale:g}"
-        return Trial(False, scale, None, kl(logps, wanted), None, failed)
-    del backend, own
-    try:
-        mu = _engine_scores(model, recipe, precision, rows)
-    except Overflow as error:
-        return Trial(False, scale, step.grad_norm, kl(logps, wanted), None, f"the engine: {error}")
-    off, apart = kl(logps, wanted), kl(logps, mu)
-    failed = ""
-    if not max(off, apart) <= MOST_DRIFT:
-        what = "training and FP32" if off > MOST_DRIFT else "training and sampling"
-        failed = f"KL {max(off, apart):.2g} per token between {what} is more than rounding"
-    return Trial(True, scale, step.grad_norm, off, apart, failed)
+    return logps, backend.step()
 
 
-@torch.no_grad()
-def _first_bad(model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row]) -> str:
-    """Where inf or NaN first shows in the cast model, module by module; empty if it does not."""
-    module: Any = copied(model)
-    fit_loaded(module, precision)
-    for p in module.parameters():
-        p.data = p.data.to(precision.compute.dtype)
-    for _, batch in batches_of(rows, recipe.optim.token_budget, model.pad_token_id):
-        forward, on = Forward(module), batch.to(model.device)
-        with forward.watching(), precision.autocast(model.device):
-            response_hidden(module, on.tokens, on.prompt_length, on.mask)
-        bad = [place for place, seen in forward.ranges().items() if seen.not_finite]
-        if bad:
-            return f"the first is {bad[0]}"
-    return ""
+def _off(norm: float, wanted: float) -> float:
+    return abs(norm / wanted - 1) if wanted else 0.0
+
+
+def _doubt(model: Model, recipe: Recipe, rows: Sequence[Row], totals: Totals, wanted: Seen) -> float:
+    """How far FP32 is from itself, summed in another order: where terms of 1e5 cancel, no format has the gradient."""
+    other = recipe.optim.model_copy(update={"token_budget": max(1, recipe.optim.token_budget // 2)})
+    wide = Precision.parse(Format.FP32.value)
+    _, step = _gradient_step(model, recipe.model_copy(update={"optim": other}), wide, rows, totals)
+    return math.inf if step.grad_norm is None else _off(step.grad_norm, wanted.grad_norm)
 
 
 def _engine_scores(model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row]) -> list[Tensor]:

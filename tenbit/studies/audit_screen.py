@@ -12,6 +12,7 @@ from rich.text import Text
 from tenbit.report.words import number, percent, power_of_two, scientific
 from tenbit.studies.audit_anatomy import is_wide
 from tenbit.studies.audit_forward import Place, Range
+from tenbit.studies.audit_notes import seen as said_seen
 from tenbit.studies.audit_verdict import narrowest, toml_lines
 
 if TYPE_CHECKING:
@@ -29,14 +30,16 @@ def show(audit: Audit, console: Console) -> None:
     v = audit.verdict
     lines = toml_lines(v.remedies)
     what = {"safe": f" in {audit.base.name}", "unsafe": f" in {audit.base.name}: train it in bf16 or fp32"}
-    console.print(Text.assemble((v.kind.upper(), STYLES[v.kind]), what.get(v.kind, f", for {audit.base.name}:")))
+    looked = f"   {said_seen(audit.answers, audit.tokens)} seen"
+    end = what.get(v.kind, f", for {audit.base.name}:")
+    console.print(Text.assemble((v.kind.upper(), STYLES[v.kind]), end, (looked, "dim")), soft_wrap=True)
     if lines:
         console.print(Text("[precision]\n" + "\n".join(lines), style="bold"), soft_wrap=True)
     for text in v.because[:REASONS]:
         console.print(Text(f"  {text}"), soft_wrap=True)
     if len(v.because) > REASONS:
         console.print(Text(f"  and {len(v.because) - REASONS} more, in audit.json", style="dim"))
-    for text in audit.notes:
+    for text in (*audit.unfollowed, *audit.notes):
         console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
     if audit.trial is not None:
         console.print(Text(_tried(audit), style="dim"), soft_wrap=True)
@@ -50,7 +53,8 @@ def _tried(audit: Audit) -> str:
     at = f" at a loss scale of {power_of_two(trial.scale)}" if audit.plan.loss_scale else ""
     return (
         f"tried in {audit.plan.name}: all finite{at}; KL from FP32 "
-        f"{scientific(trial.trainer or 0)}, between training and sampling {scientific(trial.engine or 0)} per token"
+        f"{scientific(trial.trainer or 0)}, between training and sampling {scientific(trial.engine or 0)} per token; "
+        f"the gradient's norm off by {scientific(trial.bent or 0)} of itself"
     )
 
 

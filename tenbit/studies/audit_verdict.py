@@ -10,6 +10,7 @@ A remedy is a key of the recipe's `[precision]` table. What each is for:
     residual_scale = 2^-k  the residual stream, or what a branch adds to it, does not fit; norms hide that
     fp32 = [module]        what is inside a module does not fit, and its input and output do
     loss_scale             gradients fit, at another loss scale than the plan starts with
+    reduce = "fp32"        sums of gradients in FP16 grow with a step's answers, of which an audit sees a few
     none                   weights: their 16-bit copy itself is wrong, whatever is computed with it
 
 A remedy that did not help is followed by a stronger one (the whole layer in FP32), then by none.
@@ -33,14 +34,14 @@ from tenbit.studies.audit_weights import Weight
 HEADROOM = 4.0
 """Activations must stay this far below the largest number: the audit saw some prompts, and training moves weights."""
 
-Kind = Literal["weights", "forward", "stream", "logits", "gradient"]
+Kind = Literal["weights", "forward", "stream", "logits", "gradient", "sums"]
 
 
 @dataclass(frozen=True)
 class Remedy:
     """A key of `[precision]` with its value. Values of `fp32` add up; of `residual_scale` the smallest is taken."""
 
-    key: Literal["head", "fp32", "residual_scale", "loss_scale"]
+    key: Literal["head", "fp32", "residual_scale", "loss_scale", "reduce"]
     value: Any
 
     @property
@@ -91,7 +92,16 @@ def judge(
     """Everything that does not fit under this plan, weights first."""
     found = [f for w in weights if (f := _judge_weight(w)) is not None]
     found += _judge_forward(anatomy, precision, forward)
+    found += _judge_sums(precision)
     return found + _judge_backward(anatomy, precision, backward)
+
+
+def _judge_sums(precision: Precision) -> list[Finding]:
+    """FP16 sums may pass 65504 where no micro-batch's gradient does, and an audit sees few of a step's answers."""
+    if precision.loss_scale is None or precision.reduce == precision.master:
+        return []
+    what = f"gradients add up in {precision.reduce.value} over a step's micro-batches, more of them than an audit sees"
+    return [Finding("sums", "precision.reduce", what, False, Remedy("reduce", precision.master.value))]
 
 
 def _judge_weight(w: Weight) -> Finding | None:
@@ -225,7 +235,7 @@ def drifted(anatomy: Anatomy, trial: Trial) -> Finding:
     return Finding("logits", anatomy.head, trial.failed, False, Remedy("head", "fp32"))
 
 
-TURNS = (("head", "residual_scale"), ("fp32",), ("loss_scale",))
+TURNS = (("head", "residual_scale", "reduce"), ("fp32",), ("loss_scale",))
 """Which remedies are tried together: a rescaled stream may make others needless, and gradients come after both."""
 
 
@@ -313,9 +323,10 @@ def verdict_of(
         return Verdict("unsafe", reasons(hopeless), {}, tuple(dict.fromkeys(f.where for f in worst_first(hopeless))))
     assert trial is not None
     table = changes(base, plan)
-    modules = tuple(dict.fromkeys(f.where for f in worst_first(cured)))
+    modules = tuple(dict.fromkeys(f.where for f in worst_first(cured) if f.kind != "sums"))
     if not trial.passed:
         where = " with every remedy" if table else ""
+        modules = tuple(dict.fromkeys(filter(None, (trial.where, *modules))))
         return Verdict("unsafe", (f"the plan was run{where} and failed: {trial.failed}",), {}, modules)
     if not table:
         return Verdict("safe", ())

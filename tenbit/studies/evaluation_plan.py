@@ -114,6 +114,8 @@ def make_plan(
     with said_in_options(OPTIONS | OWN_OPTIONS):
         if not tree["eval"].get("data"):
             raise ValueError("--data: name a set: a shipped one (arithmetic_test, math500, aime24, ...) or a file")
+        if any(item.strip().startswith("precision.") for item in overrides):
+            tree.setdefault("precision", "fp16")  # a part of the plan that holds where nothing is named
         for item in overrides:
             override(tree, item)
         recipe = Recipe.of(tree, f"tenbit {command}")

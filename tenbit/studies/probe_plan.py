@@ -77,6 +77,19 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     return tuple(found.values())
 
 
+def _with_keys(precision: Precision, overrides: Sequence[str], command: str) -> Precision:
+    """A plan with keys of it as they were given, ``precision.head=fp32``; they hold for every plan that is compared."""
+    tree: dict[str, Any] = {"precision": precision.name}
+    for item in overrides:
+        if not item.partition("=")[0].strip().startswith("precision."):
+            raise ValueError(f"{item!r}: write --precision instead, and here keys of it, such as precision.head=fp32")
+        override(tree, item)
+    made = Recipe.of({"steps": 1, "rollout": {"max_tokens": 1}, **tree}, command).precision if overrides else precision
+    if made.name != precision.name:
+        raise ValueError(f"{' '.join(overrides)}: makes {made.name} of {precision.name}. Write --precision instead")
+    return made
+
+
 def make_plan(
     model: str,
     *,
@@ -114,11 +127,13 @@ def make_plan(
     }
     for section, values in given.items():
         (tree[section] if section else tree).update({k: v for k, v in values.items() if v is not None})
+    inside = [item for item in overrides if item.partition("=")[0].strip().partition(".")[0] == "precision"]
     for item in overrides:
-        override(tree, item)
+        if item not in inside:
+            override(tree, item)
     longest_given = "max_tokens" in tree["rollout"]
     tree["rollout"].setdefault("max_tokens", LONGEST)
-    precisions = parse_precisions(precision or PRECISIONS)
+    precisions = tuple(_with_keys(p, inside, command) for p in parse_precisions(precision or PRECISIONS))
     with said_in_options(OPTIONS):
         recipe = Recipe.of(tree, command)
         return Plan(recipe, precisions, longest_given)
