@@ -51,19 +51,19 @@ install: $(STAMP) ## make .venv
 
 bench: $(STAMP)  ## the figures under benchmarks/results, on a quiet machine; TRL is installed for it
 	@$(PIP) -e '.[bench]'
-	for name in sampling training end_to_end proximal memory mismatch; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in sampling training end_to_end proximal memory mismatch fp8; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 bench-scaling: $(STAMP) ## the figures of several ranks
 	$(BIN)/python benchmarks/scaling.py
 
 bench-vllm: $(STAMP) ## the figures that need vLLM
-	for name in vllm_mismatch vllm_engines demo_engines; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in vllm_mismatch vllm_engines demo_engines lora moe; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # On a GPU machine that brings its own torch: `make gpu-check GPU_PYTHON=python3`
 GPU_PYTHON ?= $(BIN)/python
 gpu-check:       ## the GPU tests and what is worth measuring on a GPU
 	$(GPU_PYTHON) -m pytest -q -m gpu
-	$(GPU_PYTHON) benchmarks/mismatch.py
+	for name in mismatch fp8; do $(GPU_PYTHON) benchmarks/$$name.py || exit 1; done
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
