@@ -63,7 +63,8 @@ def recipe_of(folder: Path, form: str, engine: str, own_process: bool, grader: s
         {
             "steps": 2,
             "precision": form,
-            "model": {"path": str(folder)},
+            # newer versions of transformers refuse the default, SDPA, for Gemma 2 and say so with this remedy
+            "model": {"path": str(folder), "attention": "eager" if folder.name == "gemma2" else "sdpa"},
             "task": {"data": "arithmetic_test", "limit": 24, "grader": grader, "grade_workers": 1},
             "rollout": {"engine": engine, "prompts": 4, "samples": 4, "max_tokens": 16}
             | ({"vllm": {"cache_gib": 0.1, "own_process": own_process}} if engine == "vllm" else {}),
