@@ -1,10 +1,12 @@
 """Mixtures of experts: how differently sampler and trainer route the same tokens, and what replay does about it.
 
     python benchmarks/moe.py [--sequences N] [--engines torch vllm]
+    python benchmarks/moe.py --model models/mixture             a trained one: python -m tenbit.models.upcycle makes it
 
 A random Qwen3-MoE (4 layers, 32 experts of which each token takes 4), sampled at temperature 1 by each engine, in each
 format, with the router in FP32 and in the model's format; the same responses are scored by the single backend without
-and with routing replay. Nothing here depends on how fast anything is. Writes results/moe.json, which docs/moe.md shows.
+and with routing replay. With --model, a mixture that can do arithmetic, on its own problems, routers in FP32. Nothing
+here depends on how fast anything is. Writes results/moe.json or results/moe_trained.json, which docs/moe.md shows.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, set_seed
 from tenbit.models import loading
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
+from tenbit.prompts import ask
 from tenbit.recipe import ModelSpec, Recipe
 from tenbit.scoring import measured, sample, score
 from tenbit.types import Prompt, merge
@@ -61,6 +64,14 @@ def row(model: Model, engine: str, name: str, router: str, prompts: list[Prompt]
     return out
 
 
+def trained_rows(model: Model, engines: list[str], sequences: int) -> list[dict[str, Any]]:
+    """The same for a model with a task: its own problems, answers as long as it makes them."""
+    recipe = Recipe.of({"steps": 1, "rollout": {"max_tokens": TOKENS}})
+    asked = ask("arithmetic_perfectible", recipe, model, TOKENS, sequences)
+    prompts = [Prompt(tuple(a.ids), seed) for seed, a in enumerate(asked)]
+    return [row(model, engine, name, "fp32", prompts) for engine in engines for name in FORMATS]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """As in docs/moe.md."""
     heads = ("engine", "format", "router", "tokens", "token × layer", "KL", "KL, replay", "largest", "largest, replay")
@@ -78,7 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--model", help="a folder; instead of the random mixture")
     options = parser.parse_args()
+    if options.model:
+        model = loading.load(ModelSpec.model_validate({"path": options.model}))
+        rows = trained_rows(model, options.engines, options.sequences)
+        command = f"python benchmarks/moe.py --model {options.model} --engines {' '.join(options.engines)}"
+        print(write("moe_trained", {"command": command, "rows": rows}))
+        print(table(rows))
+        return
     model, chance = random_mixture(), random.Random(0)
     lengths = [chance.randint(1, LONGEST_PROMPT) for _ in range(options.sequences)]
     prompts = [Prompt(tuple(chance.randrange(512) for _ in range(n)), seed) for seed, n in enumerate(lengths)]

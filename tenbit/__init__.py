@@ -13,16 +13,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tenbit.loop import Interrupted, train
+    from tenbit.loop import Halted, Interrupted, train
     from tenbit.precision import Precision
     from tenbit.recipe import Recipe
+    from tenbit.types import EngineFailed, Overflow, Undelivered
 
 __version__ = "0.1.0"
-__all__ = ["Interrupted", "Precision", "Recipe", "train"]
+__all__ = ["EngineFailed", "Halted", "Interrupted", "Overflow", "Precision", "Recipe", "Undelivered", "train"]
 _HOMES = {
+    "EngineFailed": "tenbit.types",
+    "Halted": "tenbit.loop",
     "Interrupted": "tenbit.loop",
+    "Overflow": "tenbit.types",
     "Precision": "tenbit.precision",
     "Recipe": "tenbit.recipe",
+    "Undelivered": "tenbit.types",
     "train": "tenbit.loop",
 }
 

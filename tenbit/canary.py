@@ -165,7 +165,7 @@ class Canary:
         return error
 
     def _bound_now(self) -> float:
-        """A few tokens may agree by luck, so the errors before count from the format's spacing on."""
+        """`bound`, lowered by the errors that were seen before; never far, for a few tokens may agree by luck."""
         if not self._largest or not self.same_format:
             return self.bound
         return min(self.bound, max(JUMP * self._largest, self.bound / (ROUTED_ROOM if self.routed else ROOM)))

@@ -39,7 +39,7 @@ from tenbit.runlog import write_atomic
 
 # one process writes its checkpoint by itself, and that is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-TRAINER, HELD = "trainer", "held.pt"
+TRAINER, HELD, BASE = "trainer", "held.pt", "base"
 KEPT = "kept.json"  # in a checkpoint's folder: why it stays
 MOST_KEPT = 3  # of those, the first and the newest stay
 COUNTS = ("updates", "skips_in_a_row", "loss_scale", "clean_steps")
@@ -62,10 +62,13 @@ class Kept:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, one at a time. Every method is called on all ranks."""
+    """Writes a run's checkpoints, one at a time. Every method is called on all ranks.
 
-    def __init__(self, folder: Path, keep: int, newest: int | None = None) -> None:
-        self._folder, self._keep = folder, keep
+    `base` is the digest of frozen weights, which a checkpoint does not hold; rank 0's counts.
+    """
+
+    def __init__(self, folder: Path, keep: int, newest: int | None = None, base: str | None = None) -> None:
+        self._folder, self._keep, self._base = folder, keep, base
         self._writing: Future[Any] | None = None
         self.newest = newest  # the step of the last one that was begun
 
@@ -87,6 +90,7 @@ class Checkpoints:
             if world.is_first():
                 torch.save(held, draft / HELD)
                 about = {**asdict(progress), "ranks": world.size(), "trainer": state.counts}
+                about |= {} if self._base is None else {BASE: self._base}
                 (draft / "state.json").write_text(json.dumps(about, indent=1))
 
         world.together(describe)
@@ -192,6 +196,19 @@ def _damaged(checkpoint: Path, cause: str) -> ValueError:
         f"{checkpoint}: cannot be read: {cause}. It is damaged, or of another model than model.path. Without this "
         "folder --resume goes on from the checkpoint before it"
     )
+
+
+def refuse_other_base(checkpoint: Path, base: str | None, path: str) -> None:
+    """Raises ValueError if the frozen weights that were opened at `path` are others than those of the checkpoint's run.
+
+    Those written before they held a digest are taken as they are.
+    """
+    written = _about(checkpoint).get(BASE)
+    if written is not None and base is not None and written != base:
+        raise ValueError(
+            f"model.path = {path!r}: these weights are not those that the adapter in {checkpoint} was trained beside; "
+            "they have changed since. Put the earlier ones back there, or begin another run: --out, without --resume"
+        )
 
 
 def load(checkpoint: Path, backend: Backend) -> None:

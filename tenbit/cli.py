@@ -1,8 +1,8 @@
 """The command line: `tenbit train`, `evaluate`, `probe`, `plan`, `report`, `watch`, ...; `tenbit --help` lists them.
 
 Bad input ends with one message that names the file, the key and the remedy, and exit status 2; a stopped run that
-can go on ends with 130, one that an alarm of `watch.act = "stop"` ended with 3. `TENBIT_TRACEBACK=1` shows where an
-error came from.
+can go on ends with 130, one that an alarm of `watch.act = "stop"` ended with 3. Status 1 of `audit` is a verdict; what
+fails there has 4. `TENBIT_TRACEBACK=1` shows where an error came from.
 """
 
 from __future__ import annotations
@@ -361,6 +361,7 @@ def main() -> None:
     # where DeepSpeed is installed, other libraries import it, and it announces on what
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     from tenbit import vigil, world
+    from tenbit.blame import NOT_OURS, was_raised_by_tenbit
     from tenbit.types import EngineFailed, Overflow
 
     try:
@@ -370,7 +371,7 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("TENBIT_TRACEBACK"):
             raise
-        _say(error)
+        _say(error, "" if was_raised_by_tenbit(error) else NOT_OURS)
         sys.exit(BAD_INPUT)
     except (OSError, Overflow, EngineFailed) as error:  # a full disk, a run that diverged, an engine that died
         if os.environ.get("TENBIT_TRACEBACK"):

@@ -18,8 +18,10 @@ from tenbit import world
 from tenbit.backends import Backend
 from tenbit.checkpoint import replace_folder
 from tenbit.models.loading import Model, first_names, model_folder
-from tenbit.models.lora import Adapter, peft_config, peft_name
+from tenbit.models.lora import misread_by_peft, peft_config, peft_name
 from tenbit.precision import Precision
+
+BASE_FILE = "tenbit_base.json"
 
 
 def export(folder: Path, model: Model, backend: Backend, precision: Precision) -> None:
@@ -42,25 +44,29 @@ def export(folder: Path, model: Model, backend: Backend, precision: Precision) -
 def export_adapter(folder: Path, model: Model, backend: Backend, base: str) -> None:
     """The FP32 adapter as PEFT has it: for ``PeftModel.from_pretrained(model, folder)``, and for vLLM. On all ranks.
 
-    It belongs to the model at `base` with its weights rounded to the format that the run computed in.
+    It belongs to the model at `base` with its weights rounded to the format that the run computed in; `BASE_FILE`
+    beside PEFT's files says which weights those are (`models/lora.py`, `base_digest`).
     """
-    assert model.adapter is not None
     state: dict[str, Tensor] = {}
     for name, factor in backend.weights(None, "trained"):
         if world.is_first():
             state[peft_name(name)] = factor.to("cpu", copy=True).contiguous()
-    world.first(lambda: _write_adapter(folder, model.adapter, state, base))
+    world.first(lambda: _write_adapter(folder, model, state, base))
 
 
-def _write_adapter(folder: Path, adapter: Adapter | None, state: dict[str, Tensor], base: str) -> None:
+def _write_adapter(folder: Path, model: Model, state: dict[str, Tensor], base: str) -> None:
+    adapter = model.adapter
     assert adapter is not None
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     save_file(state, draft / "adapter_model.safetensors", metadata={"format": "pt"})
     found = Path(model_folder(base))
-    config = peft_config(adapter.spec, state, str(found.resolve()) if found.is_dir() else base)
-    (draft / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path = str(found.resolve()) if found.is_dir() else base
+    config = peft_config(adapter.spec, state, path, misread_by_peft(model.module.config, adapter.spec, state))
+    about = {"base": path, "format": adapter.base.value, "digest": model.base}
+    for name, content in (("adapter_config.json", config), (BASE_FILE, about)):
+        (draft / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     replace_folder(draft, folder)
 
 

@@ -40,7 +40,7 @@ from tenbit.export import export, export_adapter
 from tenbit.mismatch import Mismatch
 from tenbit.models.experts import Routes, routed, routers
 from tenbit.recipe import Recipe
-from tenbit.rollout import rows
+from tenbit.rollout import Collected, rows
 from tenbit.run import Run, open_run
 from tenbit.runlog import write_atomic
 from tenbit.sampler import Supply, apart_and_drift, deliver
@@ -191,6 +191,7 @@ def train_step(run: Run, step: int, clock: Clock) -> Metrics:
     run.log.phase("sampling")
     supply = run.sampler.supply(step, clock)
     collected = supply.collected
+    world.together(lambda: refuse_unknown_routes(run, collected))
     run.log.samples(step, [r for group in collected.sampled for r in group], recipe.log_samples)
     updates = make_updates(rows(collected.groups, ADVANTAGES[algorithm.advantage]), run)
     run.log.phase("training")
@@ -255,14 +256,20 @@ def make_updates(groups: Sequence[list[Row]], run: Run) -> list[Update]:
     return updates
 
 
-def routes_of(run: Run, batch: Batch) -> AbstractContextManager[Routes]:
-    """A mixture's routing during a pass over this batch: seen, and replayed where the recipe says so."""
-    known = batch.experts is not None and bool((batch.experts[:, 0] >= 0).all())  # of every row's first token
-    if run.recipe.rollout.replay and not known and bool(batch.mask.any()):
+def refuse_unknown_routes(run: Run, collected: Collected) -> None:
+    """Raises EngineFailed, on all ranks and before a step's first update, if there is nothing to replay."""
+    if not run.recipe.rollout.replay:
+        return
+    known = [r.completion.experts for group in collected.groups for r in group]
+    if any(experts is None or bool((experts[0] < 0).any()) for experts in known):  # of the first token
         raise EngineFailed(
             f"rollout.replay = true, but rollout.engine = {run.recipe.rollout.engine!r} did not say which experts it "
             "chose. Set rollout.replay = false, or rollout.engine = 'torch'"
         )
+
+
+def routes_of(run: Run, batch: Batch) -> AbstractContextManager[Routes]:
+    """A mixture's routing during a pass over this batch: seen, and replayed where the recipe says so."""
     return routed(routers(run.model.module), batch.experts if run.recipe.rollout.replay else None)
 
 

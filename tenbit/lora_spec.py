@@ -43,7 +43,7 @@ class LoraSpec(BaseModel):
         return self.alpha / self.rank
 
     def refuse(self, engine: str, tensor: object = 1, rounded: bool = False) -> None:
-        """Raises ValueError where `rollout.engine` cannot sample from the adapter itself.
+        """Raises ValueError where an engine of this kind, alone or in a pool, cannot sample from the adapter itself.
 
         `tensor` is vLLM's tensor parallelism; `rounded`: the plan rounds weights before they are rolled out.
         """
@@ -54,8 +54,6 @@ class LoraSpec(BaseModel):
             raise ValueError(f"{why}: precision rounds what is rolled out, and that has to be whole weights. {remedy}")
         if engine == "torch":
             return
-        if engine == "ray":
-            raise ValueError(f"{why}: a pool on Ray (rollout.engine = 'ray') takes whole models. {remedy}")
         if math.frexp(self.scaling)[0] != 0.5:
             raise ValueError(
                 f"{why}: vLLM multiplies B by lora.alpha / lora.rank = {self.scaling:g} in 16 bits, which is exact for "

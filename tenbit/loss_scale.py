@@ -59,7 +59,7 @@ class Scale:
         if skipped:
             self.value *= self._rules.backoff
         elif self.clean_steps == self._rules.interval:
-            # a checkpoint may hold more than a limit that was set since: that is not raised, and not cut either
+            # a resumed scale may be above a limit that was lowered since: it is kept, not cut
             raised = min(self.value * self._rules.growth, self._rules.limit or LARGEST_SCALE)
             self.value, self.clean_steps = max(self.value, raised), 0
 

@@ -37,6 +37,13 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(found[1].split()) if found else frozenset()
 
 
+@functools.cache
+def may_use_tiles() -> bool:
+    """Whether there are AMX tiles and this process may use them. Linux gives the permission to who asks for it."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return cpu_flags() >= AMX and ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+
+
 def load_library(name: str, sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     """Compiles `sources` if that has not been done, and loads them. Raises OSError with the reason if it cannot be.
 

@@ -20,10 +20,11 @@ from enum import StrEnum
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from tenbit.loss_scale import LossScale, Scale
+from tenbit.rounding import FP8_SPACING, is_linear, to_bits, to_fp8
 
 
 class Format(StrEnum):
@@ -76,9 +77,7 @@ class _Value(BaseModel):
 
 
 FP8 = "fp8"  # e4m3, for weights only: what engines quantise to
-_NOT_ROUNDED = (  # left alone by engines that quantise
-    "embed", "lm_head", "wte.", "wpe.", ".gate.", "router", "shared_expert_gate", "conv", "bias",
-)  # fmt: skip
+_SMALLEST_RESIDUAL = 2.0**-24  # by which FP16's own range shrinks to its smallest number
 
 UNUSUAL = ("rollout_bits", "rollout_weights", "fp32", "residual_scale")
 
@@ -121,6 +120,11 @@ class Precision(_Value):
     sync: Format = Field(description="weights on their way to the engine")
     export: Format = Field(description="the model folder a run ends with")
     loss_scale: LossScale | None = Field(None, description="for FP16 gradients only")
+
+    @field_validator("fp32", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -218,6 +222,11 @@ class Precision(_Value):
             raise ValueError(
                 "precision.rollout_bits and precision.rollout_weights both round weights. Remove one of them."
             )
+        if self.residual_scale < _SMALLEST_RESIDUAL:
+            raise ValueError(
+                f"precision.residual_scale = {self.residual_scale:g}: what is so small vanishes in 16 bits. Take "
+                f"{_SMALLEST_RESIDUAL:g} or more; `tenbit audit` finds what a model needs."
+            )
         if math.frexp(self.residual_scale)[0] != 0.5:
             raise ValueError(
                 f"precision.residual_scale = {self.residual_scale:g}: only a power of two (0.5, 0.25, ...) changes no "
@@ -305,7 +314,7 @@ class Precision(_Value):
             yield name, held.to(self.sync.dtype) if held.is_floating_point() else held
 
     def asked(self, form: Format) -> torch.dtype | None:
-        """How a backend is asked for weights that go out in a format: cast already, or as masters, to be rounded."""
+        """The dtype to ask `Backend.weights` for; None: FP32 masters, because the plan has yet to round them."""
         return None if self.rounds_weights else form.dtype
 
     def rolled_out(self, name: str, tensor: Tensor) -> Tensor:
@@ -315,16 +324,15 @@ class Precision(_Value):
             return tensor
         exact = tensor.to(self.master.dtype)
         if self.rollout_bits is not None:
-            return _to_bits(exact, self.rollout_bits).to(tensor.dtype)
-        apart = tensor.dim() < 2 or any(part in name for part in _NOT_ROUNDED)
-        return tensor if apart else _to_fp8(exact).to(tensor.dtype)
+            return to_bits(exact, self.rollout_bits).to(tensor.dtype)
+        return to_fp8(exact).to(tensor.dtype) if is_linear(name, tensor) else tensor
 
     @property
     def spacing(self) -> float:
-        """Of the numbers around 1, in the coarsest format that either policy computes with."""
+        """From 1 to the next larger number, in the coarser of the two sides' formats: the size of one rounding."""
         coarse = 2.0**-self.rollout_bits if self.rollout_bits is not None else 0.0
         if self.rollout_weights is not None:
-            coarse = torch.finfo(_E4M3).eps
+            coarse = FP8_SPACING
         return max(self.compute.epsilon, self.rollout.epsilon, coarse)
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -364,21 +372,3 @@ class Precision(_Value):
                 )
             seen[part] = seen.get(part, 0) + 1
         return seen
-
-
-_E4M3 = torch.float8_e4m3fn
-
-
-def _to_bits(exact: Tensor, bits: int) -> Tensor:
-    """Rounded to `bits` mantissa bits, half to even, whatever the exponent."""
-    mantissa, exponent = torch.frexp(exact)  # 0.5 <= |mantissa| < 1
-    unit = 2.0 ** (bits + 1)
-    return torch.ldexp(torch.round(mantissa * unit) / unit, exponent)
-
-
-def _to_fp8(exact: Tensor) -> Tensor:
-    """Rounded to e4m3 after each row of its last dimension is scaled to that format's range, and scaled back."""
-    largest = torch.finfo(_E4M3).max
-    scale = exact.abs().amax(-1, keepdim=True) / largest
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (exact / scale).clamp(-largest, largest).to(_E4M3).to(exact.dtype) * scale

@@ -77,6 +77,10 @@ class VllmSpec(_Section):
         default_factory=dict, description="more arguments of vllm.LLM, such as tensor_parallel_size"
     )
 
+    def parallel(self, kind: Literal["tensor", "pipeline", "data"]) -> int:
+        """Over how many workers one engine is spread in this way."""
+        return int(self.options.get(f"{kind}_parallel_size", 1))
+
 
 class RaySpec(_Section):
     """The pool of engines behind rollout.engine = "ray". The cluster is RAY_ADDRESS's, or a local one."""
@@ -122,6 +126,11 @@ class RolloutSpec(_Section):
         if self.overlong_buffer is not None and self.overlong_buffer > self.max_tokens:
             raise ValueError(f"rollout.overlong_buffer = {self.overlong_buffer} is longer than rollout.max_tokens")
         return self
+
+    @property
+    def kind(self) -> str:
+        """What samples in the end: "torch" or "vllm", in a pool, too."""
+        return self.ray.engine if self.engine == "ray" else self.engine
 
 
 class AlgorithmSpec(_Section):
@@ -254,7 +263,7 @@ class Recipe(_Section):
     log_samples: int = Field(4, ge=0, description="responses written to samples.jsonl at every step")
     precision: Precision = Field(default_factory=lambda: Precision.parse("fp16"))
     model: ModelSpec = Field(default_factory=lambda: ModelSpec.model_validate({}))
-    lora: LoraSpec | None = Field(None, description="low-rank adapters; None: all weights are trained")
+    lora: LoraSpec | None = Field(None, description="low-rank adapters; None, or 'none': all weights are trained")
     task: TaskSpec = Field(default_factory=lambda: TaskSpec.model_validate({}))
     rollout: RolloutSpec
     algorithm: AlgorithmSpec = Field(default_factory=lambda: AlgorithmSpec.model_validate({}))
@@ -269,6 +278,11 @@ class Recipe(_Section):
     @classmethod
     def _preset(cls, value: Any) -> Any:
         return {"preset": value} if isinstance(value, str) else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value  # TOML has no null, and a command line should be able to drop it
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -295,8 +309,8 @@ class Recipe(_Section):
             )
         plans = [self.precision, *map(Precision.parse, self.compare.precisions)]
         if self.lora is not None:
-            tensor = self.rollout.vllm.options.get("tensor_parallel_size", 1)
-            self.lora.refuse(self.rollout.engine, tensor, any(plan.rounds_weights for plan in plans))
+            rollout, rounded = self.rollout, any(plan.rounds_weights for plan in plans)
+            self.lora.refuse(rollout.kind, rollout.vllm.options.get("tensor_parallel_size", 1), rounded)
         return self
 
     @property

@@ -36,10 +36,12 @@ from tenbit import world
 from tenbit.backends.choose import check_backend
 from tenbit.checkpoint import HELD, TRAINER, Progress, load_held
 from tenbit.console import plan_table
+from tenbit.engines import vllm_fit
 from tenbit.engines.choose import check_engine
 from tenbit.folder import locked
 from tenbit.models import loading
 from tenbit.models.experts import refuse_replay
+from tenbit.models.fit import fit, refuse_own_formats
 from tenbit.models.lora import Adapter, described, is_adapter
 from tenbit.prompts import Asked, ask, ask_evals
 from tenbit.recipe import ModelSpec, Recipe
@@ -78,8 +80,7 @@ def rehearse(recipe: Recipe, out: Path | None = None, resume: bool = False) -> R
     if found is not None:
         refuse_damaged(folder, found, recipe)
     model = loading.load_outline(at_hand(recipe), recipe.rollout.stop_tokens, Adapter.of(recipe))
-    if recipe.rollout.replay:
-        refuse_replay(model.module)
+    refuse_for_model(recipe, model)
     train = ask(recipe.task.data, recipe, model, recipe.rollout.max_tokens, recipe.task.limit)
     evals = ask_evals(recipe, model)
     with make_grader(recipe):
@@ -95,6 +96,16 @@ def rehearse(recipe: Recipe, out: Path | None = None, resume: bool = False) -> R
         except ValueError as error:
             lacking.append(str(error))
     return Rehearsal(recipe, folder, model, train, evals, lacking, start, found, resume)
+
+
+def refuse_for_model(recipe: Recipe, model: loading.Model) -> None:
+    """Raises ValueError for what the recipe asks of a model of another kind, as backend and engine would."""
+    if recipe.rollout.replay:
+        refuse_replay(model.module)
+    refuse_own_formats(model.module.config, recipe.precision)
+    fit(model.module, recipe.precision)
+    if recipe.rollout.kind == "vllm":
+        vllm_fit.refuse(recipe.precision, model.module, model.adapter is not None and model.adapter.apart)
 
 
 def check_weights(spec: ModelSpec) -> None:
@@ -164,19 +175,25 @@ def at_hand(recipe: Recipe) -> ModelSpec:
         cached = None
     if cached is not None and (cached / "config.json").is_file() and any(cached.glob("tokenizer*")):
         return spec.model_copy(update={"path": str(cached)})
-    try:
-        HfApi().model_info(spec.path, timeout=SOON)
-    except (HfHubHTTPError, ValueError):
-        return spec  # it answered, or the name is none: loading says what is wrong
-    except Exception as error:
+    if why := out_of_reach(spec.path):
         refuse_short_context(recipe)
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model.path = {spec.path!r}: there is no such folder here, so it is taken as a name; it is not in the "
             f"local cache, and the hub cannot be reached ({why}). Download the model where there is a network, and "
             "name its folder; its tokenizer and config.json are enough for --dry-run"
-        ) from None
+        )
     return spec
+
+
+def out_of_reach(path: str) -> str:
+    """Why the hub cannot be asked for a model, found with one try; empty if it can, whatever it answers."""
+    try:
+        HfApi().model_info(path, timeout=SOON)
+    except (HfHubHTTPError, ValueError):
+        return ""  # it answered, or the name is none: loading says what is wrong
+    except Exception as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ""
 
 
 def known_context(path: str) -> int | None:

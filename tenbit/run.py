@@ -75,6 +75,8 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
     shared = world.size() > 1
     model = loading.load(recipe.model, recipe.rollout.stop_tokens, shared=shared, adapter=Adapter.of(recipe))
     world.together(lambda: refuse_replay(model.module) if recipe.rollout.replay else None)
+    if resume:
+        world.first(lambda: _refuse_other_base(recipe, folder, model.base))
     limit, longest = recipe.task.limit, recipe.rollout.max_tokens
     train = world.together(lambda: ask(recipe.task.data, recipe, model, longest, limit))
     evals = world.together(lambda: ask_evals(recipe, model))
@@ -110,7 +112,8 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool, console: Console | 
             held = checkpoint.load_held(found) if found and world.is_first() else None
             ahead = Ahead(alone, stream, recipe, backend, canary, model, start, held)
             sampler = stack.enter_context(contextlib.closing(ahead))
-        checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep, step_of(found) if found else None)
+        newest = step_of(found) if found else None
+        checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep, newest, model.base)
         yield Run(recipe, folder, model, policy, backend, sampler, evals, runlog, canary, checkpoints, start, lookout)
         checkpoints.wait()
 
@@ -151,6 +154,12 @@ def _see_folder(folder: Path) -> None:
             f"--out {folder}: {socket.gethostname()} does not see the folder that rank 0 made. All nodes of a run "
             "need it under the same path, on a file system that they share"
         )
+
+
+def _refuse_other_base(recipe: Recipe, folder: Path, base: str | None) -> None:
+    _, found = find_start(recipe, folder, resume=True)
+    if found:
+        checkpoint.refuse_other_base(found, base, recipe.model.path)
 
 
 def find_start(recipe: Recipe, folder: Path, resume: bool) -> tuple[Progress, Path | None]:

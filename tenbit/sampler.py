@@ -208,16 +208,9 @@ class Ahead:
         if version <= self._offered or not any(self.version_of(step) == version for step in steps):
             return
         plan = self._recipe.precision
-        named = iter(plan.to_engine(self._backend.weights(plan.asked(plan.sync))))
-        staged, error = None, None
-        if world.is_first():
-            try:
-                staged = self._pool.stage(named)
-            except Exception as failed:
-                error = failed
-        for _ in named:  # gathering takes all ranks, to the end
-            pass
-        world.agree(error)
+        share = world.first(lambda: self._pool.wants)
+        named = plan.to_engine(self._backend.weights(plan.asked(plan.sync), share))
+        staged = world.reading(named, lambda left: self._pool.stage(left) if world.is_first() else None)
         expected = self._canary.expect(self._backend)
         self._snapshots[version] = self._backend.snapshot()
         with self._changed:

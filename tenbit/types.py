@@ -19,6 +19,10 @@ from torch import Tensor
 
 Finish = Literal["stop", "length"]
 
+Share = Literal["model", "parts", "trained"]
+"""Which weights: the model's own, adapters merged in; frozen ones and adapters apart; those that are trained alone.
+Where all weights are trained the three are the same. An engine says by `wants` which it takes next."""
+
 
 @dataclass(frozen=True)
 class Problem:

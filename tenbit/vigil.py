@@ -20,9 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from tenbit import world
 
@@ -71,11 +68,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        c10d: Any = dist  # a type checker finds stores nowhere
-        store = c10d.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._store = c10d.PrefixStore(f"tenbit/{run}", store)
+        self._store = world.store("tenbit")
         self._host = socket.gethostname()
         self._store.set(f"who/{self._rank}", f"{self._host} {os.getpid()} {_born(os.getpid())}")
         self._store.add(f"beat/{self._rank}", 1)

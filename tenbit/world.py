@@ -6,6 +6,7 @@
         folder = world.first(choose)                       rank 0 decides, all get its answer or its error
         drawn = world.divide(prompts, engine.generate)     each does its share, all get everything, in order
         world.together(load)                               all do it; if one fails, all raise its error
+        world.reading(backend.weights(), load)             the same with what takes all ranks to make, item by item
 
 An error that only one rank sees would leave the others waiting for it, so whatever can fail on a rank alone goes
 through one of these. What no `except` sees (a killed process, a node that is gone) is noticed by `vigil.py`.
@@ -17,7 +18,8 @@ import contextlib
 import datetime
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +30,7 @@ R = TypeVar("R")
 
 # A rank may wait for others that sample, grade or write for long; that one has died is noticed by other means.
 PATIENCE = datetime.timedelta(hours=6)
+_LAUNCHER = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+")
 _talk: dist.ProcessGroup | None = None  # values, not tensors, travel over gloo, so that no GPU waits for them
 _write: dist.ProcessGroup | None = None
 
@@ -58,6 +61,19 @@ def _group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     return group
+
+
+def store(prefix: str) -> Any:
+    """The launcher's key-value store, through a connection of our own. Keys are of this start, under `prefix`."""
+    c10d: Any = dist  # a type checker finds stores nowhere
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    start = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return c10d.PrefixStore(f"{prefix}/{start}", c10d.TCPStore(host, port, is_master=False, wait_for_workers=False))
+
+
+def launcher_variables(environment: Iterable[str]) -> list[str]:
+    """What torchrun sets: in a process that is no rank of the run they would say that it is one."""
+    return [key for key in environment if _LAUNCHER.fullmatch(key)]
 
 
 def rank() -> int:
@@ -104,6 +120,20 @@ def together(act: Callable[[], R]) -> R:
     if size() == 1:
         return act()
     result, error = _tried(act)
+    agree(error)
+    return result  # type: ignore[return-value]
+
+
+def reading(named: Iterable[T], act: Callable[[Iterator[T]], R]) -> R:
+    """`act` reads `named`, whose every item takes all ranks to make: whatever becomes of `act` on this rank, the rest
+    is read too. Then, if it raised on one rank, every rank raises that error.
+    """
+    left = iter(named)
+    if size() == 1:
+        return act(left)
+    result, error = _tried(lambda: act(left))
+    for _ in left:
+        pass
     agree(error)
     return result  # type: ignore[return-value]
 

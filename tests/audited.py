@@ -87,6 +87,55 @@ def small_weights(model: Any) -> None:
     model.model.layers[0].self_attn.v_proj.weight *= 2.0**-26
 
 
+def small_weights_that_count(model: Any) -> None:
+    """All of layer 0's values are flushed, which its norm and its o_proj make up for: the function depends on them."""
+    layer = model.model.layers[0]
+    layer.input_layernorm.weight *= 2.0**7
+    for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+        part.weight *= 2.0**-7
+    layer.self_attn.v_proj.weight *= 2.0**-24
+    layer.self_attn.o_proj.weight *= 2.0**17
+
+
+def biases_of_few_steps(model: Any) -> None:
+    """Biases that began at zero, after a few steps of 1e-6: FP16 holds nothing below 6e-8, and 6e-5 coarsely."""
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            part.bias.copy_(torch.linspace(-1e-6, 1e-6, len(part.bias)))
+
+
+def norms_of_few_steps(model: Any) -> None:
+    """The same of Gemma's norms, which multiply by 1 + w."""
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.copy_(torch.linspace(-1e-6, 1e-6, p.numel()))
+
+
+def coarse_logits(model: Any, added: float = 40.0) -> None:
+    """Every row of the head adds 5 * `added` by a constant channel: FP16's numbers there lie 0.125 apart."""
+    logits(model)
+    model.lm_head.weight[:, 5] = added
+
+
+def sharp_attention(model: Any, factor: float) -> None:
+    """Queries and keys so many times as large: one key takes nearly all, and a weight's rounding decides which."""
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= factor
+        layer.self_attn.k_proj.weight *= factor
+
+
+def certain(model: Any) -> None:
+    """Each token's logit for itself is thousands beyond the others: softmax is exactly 1."""
+    model.model.embed_tokens.weight *= 500
+    model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+
+
+def rare_token(model: Any) -> None:
+    """A token that no answer has would enter the stream as 60,000; nothing can sample it."""
+    model.model.embed_tokens.weight[299] = 0
+    model.model.embed_tokens.weight[299, 0] = 6e4
+
+
 def spoilt(spoil: Spoil | None = None, family: str = "llama", **changes: Any) -> Model:
     module = small_module(family, **changes).train()
     with torch.no_grad():
@@ -116,3 +165,23 @@ def audited(model: Model, precision: Any = "fp16", total: Totals | None = None) 
     recipe = recipe_for(precision)
     rows = answers(model, recipe)
     return audit_model(model, recipe, rows, total or totals(rows, LONGEST), lambda text: None, {})
+
+
+# (family, plan, what vLLM's refusal must name; nothing where it follows the plan)
+VLLM_FOLLOWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    (
+        "llama",
+        {
+            "fp32": [f"model.layers.{part}" for part in ("1.mlp", "0.mlp.down_proj", "0.self_attn.o_proj")],
+            "head": "fp32",
+        },
+        (),
+    ),
+    ("gemma2", {"fp32": ["model.layers.0.mlp"], "residual_scale": 0.5}, ()),
+    ("llama", {"fp32": ["model.layers.0.self_attn", "model.layers.1.mlp"]}, ("model.layers.0.self_attn", "attention")),
+    ("llama", {"fp32": ["model.layers.0"]}, ("model.layers.0", "attention")),
+    ("llama", {"fp32": ["model.layers.0.mlp.up_proj"]}, ("model.layers.0.mlp.up_proj", "'model.layers.0.mlp'")),
+    ("llama", {"fp32": ["model.layers.0.input_layernorm"]}, ("model.layers.0.input_layernorm",)),
+    ("qwen3_moe", {"fp32": ["model.layers.1.mlp"]}, ("model.layers.1.mlp", "experts")),
+    ("qwen3_moe", {"residual_scale": 0.5}, ("residual_scale", "mixture")),
+]

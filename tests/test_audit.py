@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,22 @@ from audited import (
     LONGEST,
     answers,
     audited,
+    biases_of_few_steps,
+    certain,
+    coarse_logits,
     experts,
     inside_attention,
     inside_mlp,
     inside_mlp_and_stream,
     large_weight,
     logits,
+    norms_of_few_steps,
+    rare_token,
     recipe_for,
+    sharp_attention,
     small_stream,
     small_weights,
+    small_weights_that_count,
     spoilt,
     stream,
 )
@@ -36,7 +44,7 @@ from tenbit.precision import Format, Precision
 from tenbit.runlog import read_rows
 from tenbit.studies.audit_forward import Place
 from tenbit.studies.audit_plan import applied_path, make_plan, write_applied
-from tenbit.studies.audit_run import confirm, watch
+from tenbit.studies.audit_run import confirm, most_bent, most_drift, watch
 from tenbit.types import Overflow, Totals
 
 EPS: dict[str, Any] = {"rms_norm_eps": 1e-12}
@@ -132,12 +140,85 @@ def test_weights_that_do_not_fit_have_no_remedy():
     (weight,) = [w for w in found.weights if not w.fits]
     assert (weight.name, weight.overflowed) == ("model.layers.1.mlp.up_proj.weight", 1)
 
-    found = audited(spoilt(small_weights))
+    found = audited(spoilt(small_weights_that_count))
     assert found.verdict.kind == "unsafe"
     assert found.verdict.modules == ("model.layers.0.self_attn.v_proj.weight",)
-    (weight,) = [w for w in found.weights if w.lossy]
-    assert weight.flushed == weight.count
-    assert weight.rms_error == 1.0
+    assert found.trial is None
+    (weight,) = [w for w in found.weights if w.lossy and not w.harmless]
+    assert (weight.flushed, weight.rms_error) == (weight.count, 1.0)
+
+
+@pytest.mark.parametrize(("spoil", "family"), [(norms_of_few_steps, "gemma"), (biases_of_few_steps, "qwen2")])
+def test_weights_that_the_cast_loses_and_nothing_depends_on_are_no_finding(spoil, family):
+    found = audited(spoilt(spoil, family=family))
+    lossy = [w.name for w in found.weights if w.lossy]
+    assert lossy
+    assert all("norm" in name or "bias" in name for name in lossy)
+    assert found.verdict.kind == "safe"
+    assert found.trial is not None
+    assert found.trial.trainer is not None
+    assert found.trial.trainer < 1e-6
+    (note,) = [n for n in found.notes if "nothing depends on it" in n]
+    assert lossy[0] in note
+
+
+@pytest.mark.parametrize("format", ["fp16", "bf16"])
+def test_rounding_that_is_too_large_for_its_format_gets_the_key_that_makes_it_small(format):
+    """FP16's own rounding gives a KL of 1e-6. Here it is 100 times more, and `head` takes it away."""
+    added = {"fp16": 40.0, "bf16": 20.0}[format]
+    found = audited(spoilt(lambda model: coarse_logits(model, added)), format)
+    assert (found.verdict.kind, found.verdict.remedies) == ("safe with", {"head": "fp32"})
+    assert found.verdict.modules == ("lm_head",)
+    assert "is more than rounding explains" in found.verdict.because[0]
+    assert found.trial is not None
+    assert found.trial.steady
+    assert found.trial.drift < 1e-5
+
+
+def test_a_key_that_is_worth_it_is_named_where_rounding_is_within_bounds():
+    found = audited(spoilt(lambda model: coarse_logits(model, 10.0)))
+    assert (found.verdict.kind, found.plan) == ("safe", found.base)
+    (note,) = [n for n in found.notes if n.startswith('precision.head = "fp32" would make the mismatch smaller')]
+    before, after = (float(x) for x in re.search(r"from FP32 (\S+) -> (\S+),", note).groups())  # type: ignore
+    assert 1e-5 < before < 1.3e-4
+    assert after < before / 100
+    assert not any("precision.head" in n for n in audited(spoilt()).notes)
+
+
+def test_rounding_that_no_key_makes_smaller_is_said():
+    """It is the weights' own: a gradient that is 4% off is told of, one that is 26% off is unsafe, and in BF16 too."""
+    found = audited(spoilt(lambda model: sharp_attention(model, 8)))
+    assert (found.verdict.kind, set(found.verdict.remedies)) == ("safe with", {"loss_scale"})
+    (note,) = [n for n in found.notes if "no key of [precision] brings it within that" in n]
+    assert all(key in note for key in ("head", "self_attn", "mlp"))
+    found = audited(spoilt(lambda model: sharp_attention(model, 16)))
+    assert found.verdict.kind == "unsafe"
+    assert found.instead == ("fp32",)
+
+
+def test_what_rounding_may_take():
+    """In spacings of the format; in a mixture near-ties are decided otherwise, a share of epsilon of all."""
+    fp16, bf16, fp32 = (f.epsilon for f in (Format.FP16, Format.BF16, Format.FP32))
+    assert most_drift(fp16, False) == most_drift(fp32, False) == 2.0**-13
+    assert most_drift(bf16, False) == most_drift(bf16, True) == 2.0**-7
+    assert most_drift(fp16, True) == 2.0**-10
+    assert most_drift(0.125, False) == 1e-2
+    assert (most_bent(fp16), most_bent(bf16)) == (2.0**-6, 0.1)
+
+
+def test_a_token_that_no_answer_has_is_looked_at():
+    found = audited(spoilt(rare_token))
+    assert found.verdict.kind == "safe with"
+    assert found.verdict.remedies == {"residual_scale": 0.25}
+    assert found.verdict.because[0].startswith("model.embed_tokens: the embedding of some token reaches 6e+04")
+    assert found.seen.forward[Place("model.embed_tokens", "table")].largest == 15000
+    assert found.before.forward[Place("model.embed_tokens", "output")].largest < 1
+
+
+def test_what_is_judged_by_no_gradient_is_not_judged():
+    """Certain of every token, as a model with logits in the thousands is."""
+    with pytest.raises(ValueError, match=r"every gradient is zero.*Raise --prompts, --samples or rollout.temperature"):
+        audited(spoilt(certain))
 
 
 def test_gradients_that_vanish_at_a_scale_of_one():
@@ -230,7 +311,7 @@ def test_the_command_says_unsafe_and_writes_no_recipe(tmp_path, grader):
     recipe.write_text(RECIPE.format(model=model, grader=grader, precision="", optim=""))
     done = tenbit("audit", str(model), *ASKED, "--apply", str(recipe), "--out", "found", cwd=tmp_path)
     assert done.returncode == 1
-    assert "UNSAFE" in done.stdout
+    assert "UNSAFE in fp16: train it in bf16 or fp32" in done.stdout
     assert "model.layers.1.mlp.up_proj.weight: 1 of 10,240 weights become inf" in done.stdout
     assert not applied_path(recipe).exists()
     again = tenbit("audit", str(model), *ASKED, "--out", "found", cwd=tmp_path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from audited import (
     LONGEST,
+    VLLM_FOLLOWS,
     answers,
     audited,
     experts,
@@ -42,6 +43,8 @@ from tenbit.studies.audit_run import confirm, largest_advantage, rows_of, watch
 from tenbit.studies.audit_where import first_bad
 from tenbit.types import Prompt, Totals
 
+GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # one forward pass must be the other's
 QUICK = {"data": "arithmetic_test", "prompts": 4, "max_tokens": 16}
 
 
@@ -139,29 +142,18 @@ def recipe_with(engine: str, **more: Any) -> Recipe:
     return Recipe.of({"steps": 1, "rollout": {"engine": engine, "max_tokens": 8}, **more})
 
 
-@pytest.mark.parametrize(
-    ("family", "plan", "names"),
-    [
-        ("llama", {"fp32": ["model.layers.1.mlp", "model.layers.0.mlp.down_proj"], "head": "fp32"}, []),
-        ("llama", {"fp32": ["model.layers.0.self_attn.o_proj"], "residual_scale": 0.5}, []),
-        ("llama", {"fp32": ["model.layers.0.self_attn", "model.layers.1.mlp"]}, ["model.layers.0.self_attn"]),
-        ("llama", {"fp32": ["model.layers.0"]}, ["model.layers.0"]),
-        ("llama", {"fp32": ["model.layers.0.mlp.up_proj"]}, ["model.layers.0.mlp.up_proj"]),
-        ("gemma2", {"residual_scale": 0.5}, []),
-        ("qwen3_moe", {"fp32": ["model.layers.1.mlp"]}, ["model.layers.1.mlp"]),
-        ("qwen3_moe", {"residual_scale": 0.5}, ["residual_scale"]),
-    ],
-)
-def test_what_vllm_does_not_follow_is_known(family, plan, names):
+@pytest.mark.parametrize(("family", "plan", "refused"), VLLM_FOLLOWS)
+def test_what_vllm_does_not_follow_is_known(family, plan, refused):
+    """`tests/test_fit_vllm.py` holds the same table against vLLM itself."""
     module, precision = small_module(family), Precision.parse({"preset": "fp16", **plan})
     said = unfollowed(precision, recipe_with("vllm"), module)
-    assert len(said) == bool(names)
-    assert all(f"'{name}'" in said[0] or f".{name} =" in said[0] for name in names)
+    assert len(said) == bool(refused)
+    assert all(word in said[0] for word in refused)
     assert all("rollout.engine = 'torch' does" in text for text in said)
-    assert "'model.layers.1.mlp'" not in "".join(said) or "model.layers.1.mlp" in names
+    assert "'model.layers.1.mlp'" not in "".join(said) or "model.layers.1.mlp" in refused
     assert unfollowed(precision, recipe_with("torch"), module) == []
     assert unfollowed(precision, None, module) == []
-    assert bool(unfollowed(precision, recipe_with("ray"), module)) == bool(names)
+    assert bool(unfollowed(precision, recipe_with("ray"), module)) == bool(refused)
     pool = Recipe.of({"steps": 1, "rollout": {"engine": "ray", "max_tokens": 8, "ray": {"engine": "torch"}}})
     assert unfollowed(precision, pool, module) == []
 
@@ -169,8 +161,8 @@ def test_what_vllm_does_not_follow_is_known(family, plan, names):
 def test_an_adapter_beside_vllms_weights_follows_neither():
     plan = Precision.parse({"preset": "fp16", "fp32": ["model.layers.1.mlp"], "residual_scale": 0.5})
     (said,) = unfollowed(plan, recipe_with("vllm", lora={"rollout": "adapter"}), small_module("llama"))
-    assert "fp32 = ['model.layers.1.mlp'] beside an adapter" in said
-    assert "residual_scale = 0.5 beside an adapter" in said
+    assert "precision.fp32 or precision.residual_scale beside an adapter" in said
+    assert "lora.rollout = 'merged' works" in said
     assert unfollowed(plan, recipe_with("vllm", lora={"rank": 4}), small_module("llama")) == []
 
 
@@ -178,7 +170,7 @@ def test_a_remedy_that_the_recipes_engine_refuses_is_not_called_applied(models, 
     recipe = written(tmp_path, models["attention"], grader, more='engine = "vllm"\n')
     done = tenbit("audit", str(models["attention"]), *ASKED, "--apply", str(recipe), "--out", "found", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = "rollout.engine = 'vllm' does not follow precision.fp32 = ['model.layers.0.self_attn']"
+    said = "rollout.engine = 'vllm' does not follow precision.fp32: 'model.layers.0.self_attn'"
     assert said in done.stdout
     assert "applied" not in done.stdout
     assert "its engine does not follow it" in done.stdout
@@ -347,7 +339,7 @@ def test_how_little_was_seen_is_said(tmp_path):
 
 def test_what_a_verdict_says_of_a_model_with_unjudged_insides():
     """GPT-2's activation cubes its input inside one module: no place shows it, the trial does, and it is named."""
-    found = audited(spoilt(_cubed, family="gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=512))
+    found = audited(spoilt(_cubed, family="gpt2", **GPT2))
     assert found.verdict.kind == "unsafe"
     assert found.trial is not None
     assert found.verdict.modules[0] == found.trial.where == "transformer.h.1.mlp.act"

@@ -21,6 +21,7 @@ from tenbit.batching import totals
 from tenbit.models.logprobs import Head
 from tenbit.precision import Format, Precision
 from tenbit.report.audit import write_page
+from tenbit.report.audit_figures import _short
 from tenbit.studies.audit import save
 from tenbit.studies.audit_anatomy import Anatomy, anatomy_of
 from tenbit.studies.audit_backward import (
@@ -33,7 +34,8 @@ from tenbit.studies.audit_backward import (
     window,
 )
 from tenbit.studies.audit_forward import Forward, Place, Range
-from tenbit.studies.audit_run import batches_of, watch
+from tenbit.studies.audit_passes import batches_of
+from tenbit.studies.audit_run import watch
 from tenbit.studies.audit_verdict import judge, loss_share, met, remedied
 from tenbit.studies.audit_weights import measure_weight
 
@@ -414,9 +416,26 @@ def test_the_page_of_an_unsafe_model_shows_where(tmp_path):
     assert page.count('<figure class="bad">') >= 2
 
 
+def test_names_beside_bars_can_be_told_apart():
+    for family in ("llama", "gemma2", "qwen3_moe", "gpt2"):
+        layer = next(n for n, _ in small_module(family).named_modules() if n.endswith(".0"))
+        names = [n.removeprefix(f"{layer}.") for n, _ in small_module(family).named_modules() if n.startswith(layer)]
+        labels = {_short(f"{n} {kind}") for n in names for kind in ("in", "out")}
+        assert len(labels) == 2 * len(names)
+        assert max(map(len, labels)) <= 21
+    assert _short("post_attention_layernorm out") == "post-attn norm out"
+    assert _short("a_module_of_some_unknown_family.with_a_long_name in").endswith("long_name in")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_the_page_fits_its_window(folder: Path, tmp_path: Path, width: int):
+    tree = json.loads((folder / "audit.json").read_text())
+    top = max((r for r in tree["forward"] if not r["fp32"]), key=lambda r: r["largest"])
+    top["module"] = "model.layers.27.post_attention_layernorm_of_some_length"  # stands large above the pictures
+    folder = tmp_path / "long"
+    folder.mkdir()
+    write_page(tree, folder)
     measure = """onload = () => {
       document.querySelectorAll("details").forEach((d) => { d.open = true; });
       parent.postMessage([innerWidth, document.documentElement.scrollWidth].join("|"), "*");

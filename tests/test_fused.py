@@ -85,6 +85,16 @@ def test_norm_is_the_librarys_and_its_gradient_that_of_float64(form: Format, n: 
         assert near(leaves[1].grad, ref, form, 1.5)
 
 
+def test_a_norm_of_a_slice_is_the_librarys():
+    """As DeepSeek's attention takes one of the first columns of a product."""
+    norm, x = Qwen3RMSNorm(16, eps=1e-6), torch.randn(1, 40, 24)[..., :16]
+    want = norm(x)
+    assert not x.is_contiguous()
+    fuse(norm)
+    assert "forward" in vars(norm)
+    torch.testing.assert_close(norm(x), want)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("dim", [16, 20, 64])

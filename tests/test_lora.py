@@ -221,7 +221,6 @@ def test_a_base_that_does_not_fit_is_refused():
         ({"lora": {"rnk": 8}}, "did you mean 'rank'"),
         ({"lora": {"targets": "q_proj"}}, r"\['q_proj'\]"),
         ({"lora": {"targets": []}}, "nothing would be trained"),
-        ({"lora": {"rollout": "adapter"}, "rollout": {"max_tokens": 8, "engine": "ray"}}, "lora.rollout = 'merged'"),
         ({"lora": {"rollout": "adapter", "alpha": 48}, "rollout": {"max_tokens": 8, "engine": "vllm"}}, "two only"),
         ({"lora": {"rollout": "adapter"}, "precision": "fp16/fp16~4"}, "lora.rollout = 'merged'"),
         (
@@ -441,4 +440,6 @@ def test_the_planner_counts_what_is_held():
         "FP32 masters": size["master"], "AdamW's moments": size["optimizer"], "16-bit copy": size["copy"],
         "frozen weights": size["frozen weights"],
     }  # fmt: skip
+    whole = plan_memory.resident(Shape.of(config), Precision.parse("fp16"), Trainer("single"), 1)
+    assert "frozen weights" not in {p.name for p in whole}
     assert plan_memory.checkpoint_bytes(shape) == size["master"] + size["optimizer"]

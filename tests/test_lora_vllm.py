@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,17 +126,18 @@ def test_layers_without_an_adapter_have_none(both):
     assert {"k_proj", "o_proj", "gate_proj", "up_proj"} <= {name.rpartition(".")[2] for name in bare}
 
 
-def test_a_mixture_and_altered_modules_are_refused(model_folder):
+def test_a_mixture_and_altered_modules_are_refused(model_folder, monkeypatch):
     model = loading.load(ModelSpec(path=str(model_folder("qwen2", **HEADS))))
     adapter = Adapter(LoraSpec(rollout="adapter"), 0, Format.FP16)
+    adapter.inject(model.module)
+    model = replace(model, adapter=adapter)
     altered = Precision.parse({"preset": "fp16", "fp32": ["model.layers.0.mlp"]})
+    rollout = RolloutSpec.model_validate(VLLM)
     with pytest.raises(ValueError, match=r"precision\.fp32.*lora\.rollout = 'merged'"):
-        vllm_lora.Apart(model, adapter, altered)
-    with contextlib.ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(model.module.config, "num_experts", 4, raising=False)
-        with pytest.raises(ValueError, match=r"mixture.*lora\.rollout = 'merged'"):
-            vllm_lora.Apart(model, adapter, FP16)
+        make_engine(rollout, model, altered)
+    monkeypatch.setattr(model.module.config, "num_experts", 4, raising=False)
+    with pytest.raises(ValueError, match=r"mixture.*lora\.rollout = 'merged'"):
+        make_engine(rollout, model, FP16)
 
 
 @pytest.mark.parametrize("rollout", ["adapter", "merged"])

@@ -17,23 +17,35 @@ import torch
 from common_training import fixed_rows
 from conftest import SIZES, byte_tokenizer, small_config, small_module
 from rich.console import Console
+from test_loop import recipe as small_run
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GptOssConfig, GraniteMoeConfig, MixtralConfig, OlmoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tenbit import Recipe, routing, train
 from tenbit.backends.choose import make_backend
+from tenbit.backends.single import SingleBackend
 from tenbit.batching import collate, ungraded
 from tenbit.canary import Canary
 from tenbit.engines.torch import TorchEngine
-from tenbit.models import fused
+from tenbit.models import fused, pretrain, upcycle
 from tenbit.models.experts import is_mixture, refuse_replay, routed, router_layers, routers, unseen
+from tenbit.models.fit import refuse_own_formats
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
+from tenbit.rehearsal import rehearse
 from tenbit.rollout import Collected
 from tenbit.sampler import Supply, _plain, _supply
 from tenbit.scoring import measured, score
-from tenbit.types import Batch, Completion, Problem, Prompt, Rollout, Sampling, Undelivered, merge
+from tenbit.types import Batch, Completion, EngineFailed, Problem, Prompt, Rollout, Sampling, Undelivered, merge
 
 QUIET = Console(file=io.StringIO())
 
@@ -243,6 +255,56 @@ def test_what_is_not_compared_is_said():
     assert "'qwen3_moe'" in unseen(grouped, False)
 
 
+def test_routers_that_stay_in_the_models_format_are_said():
+    """Where the plan's router = "fp32" finds none (JetMoE's), and not where it finds some (DeepSeek's)."""
+    bare = small_module("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=16)
+    assert "they stay in the model's format" in unseen(bare, False)
+    grouped = small_module("deepseek_v2", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                           first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+                           qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4)  # fmt: skip
+    assert "not known" in unseen(grouped, False)
+    assert "format" not in unseen(grouped, False)
+
+
+HUNYUAN = {"num_experts": 4, "moe_topk": 2, "head_dim": 16}
+
+
+def test_a_family_with_fp32_weights_of_its_own_is_refused_before_there_is_a_folder(model_folder, grader, tmp_path):
+    folder = model_folder("hunyuan_v1_moe", **HUNYUAN)
+    said = r"'hunyuan_v1_moe' keeps parameters in FP32.*mlp\.gate\.wg.*precision = 'fp32'"
+    for plan in ("fp16", "bf16"):
+        with pytest.raises(ValueError, match=said):
+            train(small_run(folder, precision=plan, task__grader=grader), tmp_path / "run", console=QUIET)
+    with pytest.raises(ValueError, match=said):
+        rehearse(small_run(folder, precision="fp16", task__grader=grader), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    refuse_own_formats(small_config("hunyuan_v1_moe", **HUNYUAN), Precision.parse("fp32"))
+    refuse_own_formats(small_config("qwen3_moe"), Precision.parse("fp16"))
+
+
+class Silent(TorchEngine):
+    """Under the weights of the first update it does not say which experts the last response's tokens took."""
+
+    def generate(self, prompts, sampling):
+        drawn = super().generate(prompts, sampling)
+        return [*drawn[:-1], replace(drawn[-1], experts=None)] if sampling.experts and self.version else drawn
+
+
+def test_an_engine_that_forgets_what_to_replay_stops_the_run_before_the_steps_first_update(
+    model_folder, grader, tmp_path, monkeypatch
+):
+    """The checkpoint that is kept is the one after the step before, none of the step's updates in it."""
+    monkeypatch.setattr("tenbit.engines.torch.TorchEngine", Silent)
+    stepped = []
+    step = SingleBackend.step
+    monkeypatch.setattr(SingleBackend, "step", lambda self: stepped.append(1) or step(self))
+    tree = small_run(model_folder("qwen3_moe"), task__grader=grader, rollout__replay=True, optim__updates=2, steps=2)
+    with pytest.raises(EngineFailed, match=r"did not say which experts.*saved as it was after step 1"):
+        train(tree, tmp_path / "run", console=QUIET)
+    assert len(stepped) == 2
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
+
+
 # --- the built-in engine
 
 
@@ -440,6 +502,46 @@ def test_the_documents_table_is_what_was_measured(monkeypatch):
         gain = row["no replay"]["kl_k3"] / row["replay"]["kl_k3"]
         low, high = {"fp16": (100, 350), "bf16": (10, 31), "fp32": (0.9, 1.1)}[name]
         assert low < gain < high
+
+
+def test_what_the_page_says_of_a_trained_mixture_is_what_was_measured(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import moe
+
+    found = json.loads((root / "benchmarks" / "results" / "moe_trained.json").read_text())["rows"]
+    assert moe.table(found) in (root / "docs" / "moe.md").read_text()
+    by = {r["precision"]: r for r in found}
+    for how in ("no replay", "replay"):
+        assert 55 < by["bf16"][how]["kl_k3"] / by["fp16"][how]["kl_k3"] < 65
+    assert 5.5 < by["bf16"]["tokens_differ"] / by["fp16"]["tokens_differ"] < 6.5
+    assert all(1 <= by[n]["no replay"]["kl_k3"] / by[n]["replay"]["kl_k3"] < 1.1 for n in ("fp16", "bf16"))
+
+
+def test_upcycling_keeps_what_the_dense_model_knows(tmp_path):
+    """Before any training: every expert is made of its layer's neurons, and all of the rest is taken over."""
+    dense = AutoModelForCausalLM.from_pretrained(pretrain.BUILTIN, dtype=torch.float32)
+    tokens, labels = upcycle.batch(pretrain.build_tokenizer(), 0, 10)
+    mixture = upcycle.upcycled(dense, tokens)
+    assert torch.equal(mixture.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    assert mixture.lm_head.weight is mixture.model.embed_tokens.weight
+    old, new = dense.model.layers[2].mlp, mixture.model.layers[2].mlp.experts
+    for expert in range(upcycle.EXPERTS):
+        gate, up = new.gate_up_proj[expert].chunk(2)
+        kept = (gate[:, None] == old.gate_proj.weight[None]).all(-1).nonzero()[:, 1]
+        assert len(kept) == len(set(kept.tolist())) == len(gate), "half of the neurons, each once"
+        assert torch.equal(up, old.up_proj.weight[kept])
+        assert torch.equal(new.down_proj[expert], 2 * old.down_proj.weight[:, kept])
+    untrained = Qwen3MoeForCausalLM(mixture.config)
+    with torch.no_grad():
+        assert upcycle.loss_on(mixture, tokens, labels)[0] < upcycle.loss_on(untrained, tokens, labels)[0] / 5
+
+
+def test_a_mixture_is_trained_and_saved_by_the_command(tmp_path):
+    upcycle.train(tmp_path / "mixture", steps=2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture", dtype="auto")
+    assert loaded.config.model_type == "qwen3_moe"
+    assert loaded.dtype == Precision.parse("fp16").export.dtype
 
 
 def test_experts_survive_a_checkpoint_of_what_is_sampled_ahead():

@@ -70,6 +70,17 @@ def test_the_mixture_by_hand_and_as_published():
     assert round((shape.parameters - 2 * shape.head) / 1e9, 1) == 29.9
 
 
+def test_the_model_of_the_lora_recipe_by_hand_and_as_published():
+    shape = shape_of("Qwen/Qwen2.5-Math-1.5B")
+    attention = 1536 * (12 + 2 + 2) * 128 + (12 + 2 + 2) * 128 + 12 * 128 * 1536
+    layer = attention + 3 * 1536 * 8960 + 2 * 1536
+    assert shape.layer == layer
+    assert shape.parameters == 28 * layer + 151936 * 1536 + 1536  # embedding and head are one
+    assert shape.parameters == 1_543_714_304
+    assert round((shape.parameters - shape.head) / 1e9, 2) == 1.31  # published: 1.54B, without embeddings 1.31B
+    assert shape.context == 4096
+
+
 def test_tied_heads_count_once(model_folder):
     shape = shape_of(str(model_folder("qwen2")))
     assert shape.parameters == sum(p.numel() for p in small_module("qwen2").parameters())
@@ -77,10 +88,23 @@ def test_tied_heads_count_once(model_folder):
 
 
 def test_every_shape_is_offered_by_its_name_and_for_a_folder_still_to_come():
-    assert set(shipped()) == {"Qwen3-14B-Base", "Qwen3-30B-A3B-Base"}
+    assert set(shipped()) == {"Qwen3-14B-Base", "Qwen3-30B-A3B-Base", "Qwen2.5-Math-1.5B"}
     config, source = find_config("./models/Qwen3-14B-Base")
     assert config.num_hidden_layers == 40
     assert "comes with tenbit" in source
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append(name)
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(ValueError, match=r"the hub cannot be reached: no route\).*Qwen2\.5-Math-1\.5B, Qwen3-14B-Base"):
+        find_config("nobody/no-such-model")
+    assert asked == ["nobody/no-such-model"]
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

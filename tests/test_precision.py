@@ -123,6 +123,7 @@ def test_table_form_reaches_the_parts():
         ({"preset": "fp16", "export": "bf16"}, "precision.export", "Remove the key"),
         ({"preset": "bf16/fp16", "export": "bf16"}, "precision.export", "Remove the key"),
         ({"preset": "fp16", "residual_scale": 0.3}, "precision.residual_scale", "Take 0.25"),
+        ({"preset": "fp16", "residual_scale": 2.0**-60}, "precision.residual_scale", "Take 5.96046e-08 or more"),
         ({"preset": "fp16", "residual_scale": 2.0}, "residual_scale", "less than or equal to 1"),
         ({"preset": "fp32", "fp32": ["model.layers.0.mlp"]}, "precision.fp32", "Remove the key"),
         ({"preset": "fp16", "rollout_bits": 3, "rollout_weights": "fp8"}, "precision.rollout_bits", "Remove one"),
@@ -501,6 +502,38 @@ def test_fp8_rollouts_have_a_name_that_gives_the_plan_back(spec, name):
     assert Precision.parse(name) == plan
     assert plan.spacing == 2.0**-3
     assert plan.compute == Precision.parse(name.partition("/")[0]).compute, "training is untouched"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rounded"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (4, 8), True),
+        ("model.layers.0.mlp.gate_proj.weight", (4, 8), True),
+        ("model.layers.0.mlp.experts.gate_up_proj", (2, 4, 8), True),
+        ("model.layers.0.biased.weight", (4, 8), True),
+        ("transformer.h.0.mlp.c_fc.weight", (4, 8), True),
+        ("model.layers.0.self_attn.q_proj.bias", (8,), False),
+        ("model.layers.0.self_attn.sinks", (4, 8), False),
+        ("model.layers.0.self_attn.q_norm.weight", (4, 8), False),
+        ("model.layers.0.mlp.gate.weight", (4, 8), False),
+        ("model.layers.0.mlp.router.layer.weight", (4, 8), False),
+        ("model.layers.0.mlp.shared_expert_gate.weight", (4, 8), False),
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", (4, 8), False),
+        ("model.layers.0.linear_attn.conv1d.weight", (4, 1, 8), False),
+        ("model.embed_tokens.weight", (4, 8), False),
+        ("lm_head.weight", (4, 8), False),
+        ("output.weight", (4, 8), False),
+    ],
+)
+def test_fp8_takes_linear_layers_and_experts_and_nothing_else(name, shape, rounded):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    got = Precision.parse("fp16/fp8").rolled_out(name, weight)
+    assert torch.equal(got, weight) != rounded
+
+
+def test_one_module_in_fp32_may_be_written_as_a_string():
+    assert Precision.parse({"preset": "fp16", "fp32": "model.layers.0.mlp"}).fp32 == ("model.layers.0.mlp",)
 
 
 def test_a_rounded_rollout_has_its_own_name_and_is_refused_where_it_rounds_nothing():

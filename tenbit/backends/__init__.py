@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tenbit.types import Batch, Stats
+from tenbit.types import Batch, Share, Stats
 
 LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Stats]]
 """(log pi(y_t) [B, T] float32 with gradient, batch) -> (scalar to minimise, statistics)."""
@@ -45,11 +45,6 @@ class TrainerState:
 
 Read = Callable[[dict[str, Tensor]], None]
 """Fills tensors in place from a checkpoint, by name; they may be whole or shards."""
-
-
-Share = Literal["model", "parts", "trained"]
-"""Which weights: the model's own, adapters merged in; frozen ones and adapters apart; those that are trained alone.
-Where all weights are trained the three are the same."""
 
 
 class Backend(Protocol):

@@ -16,9 +16,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from tenbit.backends import Backend, LossFunction, Read, Share, StepStats, TrainerState
+from tenbit.backends import Backend, LossFunction, Read, StepStats, TrainerState
 from tenbit.models.lora import Adapter
-from tenbit.types import Batch, Stats
+from tenbit.types import Batch, Share, Stats
 
 
 class Adapted:

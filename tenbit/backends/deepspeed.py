@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from tenbit import world
-from tenbit.backends import LossFunction, Read, Share, StepStats, TrainerState
+from tenbit.backends import LossFunction, Read, StepStats, TrainerState
 from tenbit.backends.masters import Skips, adamw
 from tenbit.backends.scorer import Scorer
 from tenbit.backends.zero import BUCKET, PARTS, Held, gathered, part, sent, shape
@@ -41,7 +41,7 @@ from tenbit.models.loading import Model, buffers_of
 from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
-from tenbit.types import Batch, Stat, Stats
+from tenbit.types import Batch, Share, Stat, Stats
 
 CHUNK = 1 << 28  # parameters whose state a rank reads at a time: 3 GiB
 
@@ -277,7 +277,7 @@ def _config(precision: Precision, optim: OptimSpec, spec: BackendSpec, elements:
 
 
 class _Arriving(nn.Module):
-    """Parameters that come to be when DeepSpeed asks for the next, and has partitioned the last."""
+    """Yields parameters one at a time, so that DeepSpeed partitions each one before the next is made."""
 
     def __init__(self, coming: Iterable[nn.Parameter]) -> None:
         super().__init__()

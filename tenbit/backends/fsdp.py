@@ -26,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tenbit import world
-from tenbit.backends import LossFunction, Read, Share, StepStats, TrainerState
+from tenbit.backends import LossFunction, Read, StepStats, TrainerState
 from tenbit.backends.masters import Masters, whole
 from tenbit.backends.scorer import Scorer, decoder_layers, own_name
 from tenbit.models import fused
@@ -35,7 +35,7 @@ from tenbit.models.loading import Model, buffers_of, first_names
 from tenbit.models.logprobs import Head
 from tenbit.precision import Precision
 from tenbit.recipe import BackendSpec, OptimSpec
-from tenbit.types import Batch, Stat, Stats
+from tenbit.types import Batch, Share, Stat, Stats
 
 # true of fused layers, and of no consequence: nothing writes into a hidden state
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

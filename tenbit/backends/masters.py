@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Skips:
-    """Counts updates and skips; a run in which nothing but skips is left ends with the cause."""
+    """Counts updates and skipped steps; ends a run in which every step is skipped, with the cause."""
 
     def __init__(self, precision: Precision) -> None:
         self.updates, self.in_a_row = 0, 0

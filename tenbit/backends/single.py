@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from tenbit.backends import LossFunction, Read, Share, StepStats, TrainerState
+from tenbit.backends import LossFunction, Read, StepStats, TrainerState
 from tenbit.backends.masters import Masters
 from tenbit.models.fit import fit_loaded
 from tenbit.models.fused import fuse
@@ -25,7 +25,7 @@ from tenbit.models.loading import Model, buffers_of
 from tenbit.models.logprobs import Head, batch_logprobs
 from tenbit.precision import Precision
 from tenbit.recipe import OptimSpec
-from tenbit.types import Batch, Stat, Stats
+from tenbit.types import Batch, Share, Stat, Stats
 
 
 class SingleBackend:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
-from tenbit.types import Completion, Prompt, Sampling
-
-Wanted = Literal["model", "parts", "trained"]
-"""What an engine takes: a model's own weights; frozen ones and an adapter apart; the adapter alone."""
+from tenbit.types import Completion, Prompt, Sampling, Share
 
 
 class Engine(Protocol):
     """Draws responses and scores tokens under the weights it last received. A context manager."""
 
     @property
-    def wants(self) -> Wanted:
+    def wants(self) -> Share:
         """What its next `load_weights` is to be given: with an adapter, frozen weights are sent once."""
         ...
 
@@ -55,3 +52,18 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Closing:
+    """A context manager that closes itself: what every engine has of an `Engine` without saying it again."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

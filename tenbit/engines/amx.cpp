@@ -4,8 +4,6 @@
 // bits each), hi = its first 8 bits and lo = x - hi, so x w = hi hi' + hi lo' + lo hi' + lo lo', four exact products
 // added in FP32: an FP16 product with FP32 accumulation, faster than the vector units do it.
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <vector>
 
@@ -186,12 +184,6 @@ template <int T> void linear(const uint16_t* x, int64_t n, int64_t k, const uint
 }  // namespace
 
 extern "C" {
-
-// Whether the operating system lets this process use the tiles; asks for the permission.
-int tb_amx() {
-    constexpr int kRequest = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
 
 // FP16 and BF16 alike; `packed` has room for ceil(out / 32) * 32 * k numbers.
 void tb_pack(const uint16_t* weight, int64_t out, int64_t k, uint16_t* packed) { pack(weight, out, k, packed); }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from tenbit.engines import Engine
+from tenbit.models.fit import refuse_own_formats
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
@@ -18,7 +19,7 @@ _LIBRARIES = {
 
 def check_engine(rollout: RolloutSpec) -> None:
     """Raises ValueError for an engine whose library is not installed. Starts and imports nothing."""
-    wanted = {rollout.engine} | ({rollout.ray.engine} if rollout.engine == "ray" else set())
+    wanted = {rollout.engine, rollout.kind}
     for name in sorted(wanted & _LIBRARIES.keys()):
         if find_spec(name) is None:
             raise ValueError(
@@ -35,6 +36,7 @@ def make_engine(
     `longest` is the longest prompt and response together that will be asked for; None: the model's whole context.
     vLLM and Ray are imported here, and only when they are asked for.
     """
+    refuse_own_formats(model.module.config, precision)
     if rollout.engine == "ray":
         from tenbit.engines.ray import RayEngine
 

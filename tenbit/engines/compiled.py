@@ -10,7 +10,7 @@ import ctypes
 import functools
 from pathlib import Path
 
-from tenbit.native import AMX, cpu_flags, load_library
+from tenbit.native import AMX, cpu_flags, load_library, may_use_tiles
 
 SOURCES = ("kernels.cpp",)
 AMX_SOURCES = ("amx.cpp", "step.cpp")
@@ -59,4 +59,4 @@ def why_not() -> str:
 @functools.cache
 def has_amx() -> bool:
     lib = library()
-    return lib is not None and hasattr(lib, "tb_amx") and bool(lib.tb_amx())
+    return lib is not None and hasattr(lib, "tb_linear") and may_use_tiles()

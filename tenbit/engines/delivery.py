@@ -2,8 +2,8 @@
 
     with Arrivals() as arrivals:                      in the engine's process
         load(arrivals.watch(named))                   whatever the engine's own loader does with them
-    report = arrivals.report(model)
-    compare(sent, [report])                           in the trainer's; raises Undelivered, naming the tensor
+    report = arrivals.report(model, dtype)
+    compare(sent, [report], tied)                     in the trainer's; raises Undelivered, naming the tensor
 
 A loader may fuse tensors (q, k and v into one), cut them (tensor parallelism), or defer the copy. `Arrivals` therefore
 does not ask the loader: it watches the copies themselves, by a dispatch mode, and follows a tensor that was sent into

@@ -8,8 +8,10 @@ Every actor holds an engine of `rollout.ray.engine`'s kind and makes it from the
 in chunks as engines become free; a response depends on its seed, and, in its last bits, on what is computed together
 with it, which is its chunk; never on who draws it, or when. Weights are put into Ray's object
 store once, bucket by bucket, so each machine holds one copy that its engines read in place. `stage` and `install` are
-the two halves of an update: several versions may be staged while an older one still samples. What happens when an actor
-dies is in `ray_pool.py`, the cluster in `ray_cluster.py`, the actor's side in `ray_worker.py`.
+the two halves of an update: several versions may be staged while an older one still samples. Of engines that compute
+with an adapter apart (docs/lora.md) the frozen weights are staged once and stay in the store as the `Base` of every
+later version, which is the adapter alone: an engine reads both when it is new, and then what is new. What happens when
+an actor dies is in `ray_pool.py`, the cluster in `ray_cluster.py`, the actor's side in `ray_worker.py`.
 """
 
 from __future__ import annotations
@@ -18,20 +20,20 @@ import importlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenbit.engines import Engine, Wanted, ray_cluster
+from tenbit.engines import Closing, Engine, ray_cluster
 from tenbit.engines import sampling as sampler
 from tenbit.engines.ray_pool import Pool, Seat, Task, Weights
 from tenbit.engines.ray_worker import BUCKET, Bucket, Order, Worker, pack
 from tenbit.models.loading import Model, Outline
+from tenbit.models.lora import is_adapter
 from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
-from tenbit.types import Completion, EngineFailed, Prompt, Sampling
+from tenbit.types import Completion, EngineFailed, Prompt, Sampling, Share
 
 Tokens = tuple[Sequence[int], Sequence[int]]
 
@@ -42,20 +44,31 @@ class Actor(Worker):
     def _hello(self) -> Any:
         return (importlib.import_module("ray").get_runtime_context().get_node_id(), *super()._hello())
 
-    def _install(self, buckets: Iterable[Any], version: int) -> None:
+    def _install(self, buckets: Iterable[Any], version: int, base: Iterable[Any] = ()) -> None:
         get = importlib.import_module("ray").get
-        super()._install((get(ref) for ref in buckets), version)
+        super()._install((get(ref) for ref in buckets), version, (get(ref) for ref in base))
+
+
+@dataclass(frozen=True)
+class Base:
+    """Frozen weights in the object store, for as long as this value is held."""
+
+    refs: list[Any]
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Weights in the object store, for as long as this value is held. `bytes` is what went in, once."""
+    """Weights in the object store, for as long as this value is held. `bytes` is what went in for them, once.
+
+    Beside an adapter apart, `base` is what lies there since it was first sent; None: nothing does.
+    """
 
     refs: list[Any]
     bytes: int
+    base: Base | None = None
 
 
-class RayEngine:
+class RayEngine(Closing):
     """An `Engine` over a pool. Only one process of a run makes it. Raises ValueError where it cannot be had."""
 
     def __init__(
@@ -75,8 +88,11 @@ class RayEngine:
             ) from error
         if spec.engines is None and spec.cpus == 0 and not spec.gpus:
             raise ValueError("rollout.ray.engines: engines that need no CPU have room without end. Say how many")
-        size = sum(p.numel() for p in model.module.parameters()) * precision.sync.bytes
-        ray_cluster.join(self._ray, (spec.engines or 1) * spec.cpus, (2 + rollout.ahead) * size + 2 * BUCKET)
+        self._apart = model.adapter is not None and model.adapter.apart
+        self._base: Base | None = None  # that further adapters go with
+        once, each = (precision.sync.bytes * size for size in self._sizes(model))
+        store = once + (2 + rollout.ahead) * each + 2 * BUCKET
+        ray_cluster.join(self._ray, (spec.engines or 1) * spec.cpus, store)
         try:
             self._pool = self._filled(model, precision, rollout, seed, longest)
         except BaseException:
@@ -117,7 +133,18 @@ class RayEngine:
 
     # --- weights
 
-    wants: Wanted = "model"
+    def _sizes(self, model: Model) -> tuple[int, int]:
+        """Parameters that are staged once, and with every version; tied ones travel under each of their names."""
+        named = [(name, p.numel()) for name, p in model.module.named_parameters(remove_duplicate=False)]
+        once = sum(size for name, size in named if self._apart and not is_adapter(name))
+        return once, sum(size for _, size in named) - once
+
+    @property
+    def wants(self) -> Share:
+        """What `stage` takes next. After a failure that is everything again, whatever had failed."""
+        if not self._apart:
+            return "model"
+        return "parts" if self._base is None else "trained"
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`stage`, then `install`. The weights before are let go of first, so that two never fill the store."""
@@ -126,14 +153,30 @@ class RayEngine:
         self.install(self.stage(named_tensors), version)
 
     def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Staged:
-        """Puts weights into the object store; any thread may, while the engines are at work."""
-        refs: list[Any] = []
-        total = 0
+        """Puts what it `wants` into the object store; any thread may, while the engines are at work."""
+        try:
+            if not self._apart:
+                refs, self.staged_bytes = self._put_all(named_tensors)
+                return Staged(refs, self.staged_bytes)
+            adapter: list[tuple[str, Tensor]] = []
+            frozen, once = self._put_all(_without_adapter(named_tensors, adapter))
+            if frozen and self._base is not None:
+                raise ValueError("frozen weights were sent once more: the pool has them, and takes the adapter alone")
+            refs, each = self._put_all(adapter)
+            if frozen:
+                self._base = Base(frozen)
+            self.staged_bytes = once + each
+            return Staged(refs, self.staged_bytes, self._base)
+        except BaseException:
+            self._base = None
+            raise
+
+    def _put_all(self, named_tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[Any], int]:
+        refs, total = [], 0
         for bucket in pack(named_tensors):
             refs.append(self._put(bucket))
             total += bucket.bytes
-        self.staged_bytes = total
-        return Staged(refs, total)
+        return refs, total
 
     def _put(self, bucket: Bucket) -> Any:
         try:
@@ -147,7 +190,13 @@ class RayEngine:
     def install(self, staged: Staged, version: int) -> None:
         """Every engine takes the staged weights and proves it. Raises as `load_weights` of the engines does."""
         self.version = None
-        self._pool.install(Weights(staged.refs, version))
+        try:
+            if self._apart and staged.base is None:
+                raise ValueError("the frozen weights are missing: an adapter alone is for engines that have them")
+            self._pool.install(Weights(staged.refs, version, staged.base.refs if staged.base is not None else []))
+        except BaseException:
+            self._base = None
+            raise
         self.version = version
 
     def rest(self) -> None:
@@ -195,22 +244,16 @@ class RayEngine:
         self._pool.close()
         ray_cluster.leave(self._ray)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _Member:
+class _Member(Closing):
     """One engine of a pool. Weights it takes only together with the others; the pool closes it."""
-
-    wants: Wanted = "model"
 
     def __init__(self, pool: RayEngine, seat: Seat) -> None:
         self._pool, self._seat = pool, seat
+
+    @property
+    def wants(self) -> Share:
+        return self._pool.wants
 
     @property
     def version(self) -> int | None:
@@ -239,13 +282,16 @@ class _Member:
     def close(self) -> None:
         """The pool does."""
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def _without_adapter(
+    named: Iterable[tuple[str, Tensor]], adapter: list[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The frozen weights; the adapter's factors, which are small and come in between, go into the list."""
+    for name, tensor in named:
+        if is_adapter(name):
+            adapter.append((name, tensor))
+        else:
+            yield name, tensor
 
 
 def _needed_gpus(rollout: RolloutSpec) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tenbit.engines.ray_worker import launched_by
+from tenbit import world
 
 PREFIX = "tenbit-ray-"
 PATIENCE = 10.0  # seconds for an address to answer
@@ -96,7 +96,7 @@ def _start_local(ray: Any, told: dict[str, Any], cpus: float, store: int) -> Non
         "object_store_memory": int(max(_LEAST_STORE, min(store, _MOST_OF_MEMORY * _memory()))),
         "_temp_dir": _folder,
     }
-    hidden = {key: None for key in launched_by(list(os.environ))} | {"RAY_ADDRESS": None}
+    hidden = {key: None for key in world.launcher_variables(list(os.environ))} | {"RAY_ADDRESS": None}
     with _environment({**hidden, **({"CUDA_VISIBLE_DEVICES": ",".join(spare)} if spare else {})}):
         try:
             _start(ray, "rollout.engine = 'ray': no local cluster could be started", told)

@@ -56,10 +56,14 @@ class Seat:
 
 
 class Weights(NamedTuple):
-    """What every seat is to hold: references to buckets in the object store, and their version."""
+    """What every seat is to hold: references to buckets in the object store, and their version.
+
+    `base`: those of frozen weights beside an adapter, which only an engine that has none reads.
+    """
 
     refs: list[Any]
     version: int
+    base: Sequence[Any] = ()
 
 
 class Pool:

@@ -2,7 +2,7 @@
 
     for bucket in pack(named):                    in the trainer: bytes, with dtype, shape and checksum of each tensor
         ...                                       a copy of the bucket, read in place by every process of a machine
-    worker.ask("install", buckets, version)       in the engine's process: each checksum held against the bytes
+    worker.ask("install", buckets, version, base) in the engine's process: each checksum held against the bytes
 
 Tensors travel as bytes because numpy, whose arrays are read in place, has no word for every dtype. A worker never lets
 an error out: it answers with it, so that the caller gets the engine's own error and not that of the way back.
@@ -10,6 +10,7 @@ an error out: it answers with it, so that the caller gets the engine's own error
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenbit import world
 from tenbit.engines import Engine
 from tenbit.engines.choose import make_engine
 from tenbit.engines.delivery import checksum, undelivered
@@ -31,7 +33,6 @@ from tenbit.recipe import RolloutSpec
 from tenbit.types import Completion, EngineFailed, Overflow, Prompt, Sampling, Undelivered
 
 BUCKET = 256 << 20  # bytes that travel together, unless one tensor is larger
-_LAUNCHER = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,6 @@ def unpack(bucket: Bucket, device: torch.device | str = "cpu") -> Iterator[tuple
         yield name, tensor
 
 
-def launched_by(environment: Iterable[str]) -> list[str]:
-    """torchrun's variables: in an engine's process they would say that it is a rank of the training."""
-    return [key for key in environment if _LAUNCHER.fullmatch(key)]
-
-
 @dataclass(frozen=True)
 class Order:
     """The engine that a worker is to make. `cpus` is its share of the machine."""
@@ -110,7 +106,7 @@ class Worker:
     """One engine in a process of its own. `ask` is the only way in."""
 
     def __init__(self) -> None:
-        for key in launched_by(list(os.environ)):
+        for key in world.launcher_variables(list(os.environ)):
             del os.environ[key]
         self._engine: Engine | None = None
         self._device = "cpu"
@@ -145,15 +141,18 @@ class Worker:
         assert self._engine is not None
         return self._engine
 
-    def _install(self, buckets: Iterable[Bucket], version: int) -> None:
-        """What is wrong with a bucket ends the weights early, for an error in the middle of its loader would leave an
+    def _install(self, buckets: Iterable[Bucket], version: int, base: Iterable[Bucket] = ()) -> None:
+        """`base`, frozen weights beside an adapter, is read if the engine has none: it is new, or its load failed.
+
+        What is wrong with a bucket ends the weights early, for an error in the middle of its loader would leave an
         engine in pieces; it then misses weights, and refuses to sample.
         """
         wrong: list[Exception] = []
+        needed = buckets if self._own.wants == "trained" else itertools.chain(base, buckets)
 
         def read() -> Iterator[tuple[str, Tensor]]:
             try:
-                for bucket in buckets:
+                for bucket in needed:
                     yield from unpack(bucket, self._device)
             except Exception as error:
                 wrong.append(error)

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
 from tenbit import world
-from tenbit.engines import Engine, Wanted
+from tenbit.engines import Closing, Engine
 from tenbit.engines.vllm_ranks import team_size
 from tenbit.recipe import RolloutSpec
-from tenbit.types import Completion, EngineFailed, Prompt, Sampling
+from tenbit.types import Completion, EngineFailed, Prompt, Sampling, Share
 
 Sequence2 = tuple[Sequence[int], Sequence[int]]
+_MOST_FIRST: tuple[Share, ...] = ("model", "parts", "trained")
 
 
 def spread(make: Callable[[], Engine], pool: bool, team: int = 1) -> Engine:
@@ -44,15 +43,16 @@ def pool_of(engine: Engine) -> Engine | None:
     return engine.own if isinstance(engine, Pool) else engine
 
 
-class _Collective:
+class _Collective(Closing):
     """What both kinds share: `own` is this rank's engine, if it has one."""
 
     own: Engine | None
 
     @property
-    def wants(self) -> Wanted:
-        """The same on every rank: they load together, and fail together."""
-        return self.own.wants if self.own is not None else "model"  # a pool's
+    def wants(self) -> Share:
+        """The same on every rank, which ask together: what the engine needs that holds least, wherever it is."""
+        wanted = world.gather(None if self.own is None else self.own.wants)
+        return next(kind for kind in _MOST_FIRST if kind in wanted)
 
     @property
     def _own(self) -> Engine:
@@ -61,20 +61,8 @@ class _Collective:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Every rank reads all weights, for gathering them takes all ranks, and then they agree on the outcome."""
-        named = iter(named_tensors)
-
-        def load() -> None:
-            if self.own is not None:
-                self.own.load_weights(named, version)
-
-        result = None
-        try:
-            load()
-        except Exception as error:
-            result = error
-        for _ in named:
-            pass
-        world.agree(result)
+        own = self.own
+        world.reading(named_tensors, lambda named: None if own is None else own.load_weights(named, version))
 
     def members(self) -> Sequence[Engine]:
         return self.own.members() if self.own is not None else []
@@ -90,14 +78,6 @@ class _Collective:
     def close(self) -> None:
         if self.own is not None:
             self.own.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Each(_Collective):

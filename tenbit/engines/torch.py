@@ -16,7 +16,6 @@ import copy
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Literal, Self
 
 import torch
@@ -25,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from tenbit.engines import Wanted, compiled, continuous, native
+from tenbit.engines import Closing, compiled, continuous, native
 from tenbit.engines import sampling as sampler
 from tenbit.engines.generic import GenericRunner
 from tenbit.engines.llama import LlamaRunner, unsupported
@@ -33,7 +32,7 @@ from tenbit.engines.ops import PlainOps, shape_of
 from tenbit.models.fit import fit
 from tenbit.models.lora import Adapter, is_adapter
 from tenbit.precision import Format, Precision
-from tenbit.types import Completion, Overflow, Prompt, Sampling
+from tenbit.types import Completion, Overflow, Prompt, Sampling, Share
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-class TorchEngine:
+class TorchEngine(Closing):
     """An `Engine` over a `transformers` model. `path` forces a way of computing, for tests and comparisons.
 
     With an `adapter` it computes as the trainer does, W x + s B A x, in the rollout format. Then it `wants` frozen
@@ -131,7 +130,7 @@ class TorchEngine:
     # --- weights
 
     @property
-    def wants(self) -> Wanted:
+    def wants(self) -> Share:
         return "model" if self._adapter is None else "trained" if self._has_base else "parts"
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -305,14 +304,6 @@ class TorchEngine:
         self.version = None
         self._named.clear()
         del self._runner, self._module
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _under_budget(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

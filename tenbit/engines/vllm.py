@@ -1,7 +1,7 @@
 """vLLM as the rollout policy: what people deploy, and the paper's mu.
 
     with VllmEngine(model, Precision.parse("fp16"), recipe.rollout) as engine:
-        engine.load_weights(precision.to_engine(backend.weights()), version=0)
+        engine.load_weights(precision.to_engine(backend.weights(share=engine.wants)), version=0)
         completions = engine.generate([Prompt(ids, seed=0)], Sampling(max_tokens=128))
 
 It starts with random weights, made from the configuration that the trainer has in memory, so the only weights it can
@@ -24,7 +24,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -32,11 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tenbit import world
-from tenbit.engines import Wanted
+from tenbit.engines import Closing, vllm_fit
 from tenbit.engines import sampling as sampler
 from tenbit.engines.delivery import Report, Sent, checksum, compare, formats
 from tenbit.engines.vllm_experts import Routing
-from tenbit.engines.vllm_fit import register
 from tenbit.engines.vllm_lora import Apart
 from tenbit.engines.vllm_ranks import Team, as_if_alone, executor, is_guest, team_size
 from tenbit.engines.vllm_start import (
@@ -59,7 +57,7 @@ from tenbit.models.loading import Model
 from tenbit.models.lora import plain
 from tenbit.precision import Precision
 from tenbit.recipe import RolloutSpec
-from tenbit.types import Completion, EngineFailed, Overflow, Prompt, Sampling, Undelivered
+from tenbit.types import Completion, EngineFailed, Overflow, Prompt, Sampling, Share, Undelivered
 
 _NOT_FOLLOWED = (
     ". This was the first update: vLLM's loader may do something with this architecture that is not known here. "
@@ -68,24 +66,26 @@ _NOT_FOLLOWED = (
 _in_this_process: set[VllmEngine] = set()
 
 
-class VllmEngine:
+class VllmEngine(Closing):
     """An `Engine` over vLLM. `longest` is the longest prompt and response together that it must hold."""
 
     def __init__(
         self, model: Model, precision: Precision, rollout: RolloutSpec, seed: int = 0, longest: int | None = None
     ) -> None:
+        adapter = model.adapter if model.adapter is not None and model.adapter.apart else None
+        vllm_fit.refuse(precision, model.module, adapter is not None)
         self.precision, self.version = precision, None
         self._spec = rollout.vllm
         self._context = min(longest or model.context, model.context)
         self._vocabulary = model.vocabulary
         self._names = {name: t.shape for name, t in plain(model.module.state_dict().items())}
         self._tied, self._routing = tied_names(model), Routing(model)
-        self._apart = Apart(model, model.adapter, precision) if model.adapter and model.adapter.apart else None
+        self._apart = Apart(model, adapter, precision) if adapter is not None else None
         self._gpu = model.device.type == "cuda"
         self._asleep = False
         self._team = Team(team_size(self._spec))
-        parts = (self._spec.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-        within = self._team.size > 1 or all(n == 1 for n in parts)  # one worker, in this process
+        workers = self._spec.parallel("tensor") * self._spec.parallel("pipeline")
+        within = self._team.size > 1 or workers == 1  # one worker, in this process
         self._remote = self._spec.own_process or not within
         self._installed: list[Report] = []
         self._dead: str | None = None
@@ -110,7 +110,7 @@ class VllmEngine:
     # --- weights
 
     @property
-    def wants(self) -> Wanted:
+    def wants(self) -> Share:
         return "model" if self._apart is None else "trained" if self._apart.has_base else "parts"
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -348,14 +348,6 @@ class VllmEngine:
         if self._gpu:
             torch.cuda.empty_cache()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _start(
     model: Model, precision: Precision, rollout: RolloutSpec, seed: int, context: int, team: Team
@@ -386,11 +378,12 @@ def _opened(told: dict[str, Any], model: Model, rollout: RolloutSpec, team: Team
     with captured_errors() as said, deaf_children():
         try:
             vllm: Any = importlib.import_module("vllm")
-            register(told["additional_config"])
+            vllm_fit.register()
             if team is not None:
                 uniproc = importlib.import_module("vllm.v1.executor.uniproc_executor")
                 told = told | {"distributed_executor_backend": executor(uniproc, team)}
-            return vllm.LLM(**told), vllm.SamplingParams
+            with vllm_fit.fp16_allowed(told):
+                return vllm.LLM(**told), vllm.SamplingParams
         except Exception as error:  # of a dozen kinds, of which the text is what helps
             if not (rollout.vllm.own_process or _in_this_process) and "vllm" in sys.modules:
                 # else its groups, which depend on the architecture, would meet the next engine of this process

@@ -92,7 +92,7 @@ class Routing:
             return [None] * len(outs)
         if not self._recorded:
             return [self._native(out.outputs[0].routed_experts, _run(out)) for out in outs]
-        # within vLLM a request has its name and eight letters more
+        # vLLM appends a dash and eight letters to the id of a request
         taken = {request.rpartition("-")[0]: plain for request, plain in rpc("tenbit_end_experts")[0].items()}
         return [_experts(taken[out.request_id], _run(out)) for out in outs]
 

@@ -2,7 +2,7 @@
 
 vLLM makes its model, then this, then it compiles and captures graphs; so it is done in a model loader of our own (load
 format "tenbit"), which otherwise gives random weights as vLLM's "dummy" does. The plan travels in vLLM's
-`additional_config`. vLLM is not imported here: who calls `register` has done that, this process or vLLM's own.
+`additional_config`. Importing this file does not import vLLM.
 
     linear layers   the method that multiplies is replaced by one that upcasts; it keeps the weights as they came, where
                     vLLM's own packs them on CPUs
@@ -11,9 +11,10 @@ format "tenbit"), which otherwise gives random weights as vLLM's "dummy" does. T
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tenbit.models.experts import is_mixture
 from tenbit.models.fit import WIDE
 from tenbit.precision import Precision
 
@@ -29,6 +31,7 @@ LOAD_FORMAT = "tenbit"
 KEY = "tenbit"
 _LINEAR = "UnquantizedLinearMethod"
 _USE_TORCH = "Use rollout.engine = 'torch', whose model is the trainer's"
+_WHOLE = (".mlp", ".mlp.down_proj", ".self_attn.o_proj")  # ends of the names of what stands alone in vLLM, too
 
 
 def plan_of(precision: Precision) -> dict[str, Any]:
@@ -37,18 +40,88 @@ def plan_of(precision: Precision) -> dict[str, Any]:
     return {KEY: parts}
 
 
-def register(told: Mapping[str, Any] | None = None) -> None:
-    """Makes the load format known to the vLLM of this process, if there is one; `told` is its `additional_config`.
+def not_followed(precision: Precision, module: Any, apart: bool = False) -> list[str]:
+    """What vLLM cannot do of a plan, each with the reason; told from the model in transformers, before vLLM starts.
 
-    vLLM refuses FP16 for families whose residual stream is known to pass 65504, Gemma 2 and 3. With a plan that
-    rescales the stream the reason is gone, and so is the refusal.
+    `apart`: beside an adapter that is not merged. `fit_vllm` refuses the same of vLLM's own model, where it is seen.
     """
-    vllm = sys.modules.get("vllm")
-    if vllm is None:
+    found = []
+    if apart and is_mixture(module.config):
+        found.append(
+            "lora.rollout = 'adapter' in a mixture of experts: on CPUs it crashes (lora.rollout = 'merged' works)"
+        )
+    if apart and precision.alters:
+        found.append(
+            "precision.fp32 or precision.residual_scale beside an adapter, which it multiplies in the rollout format "
+            "whatever they say (lora.rollout = 'merged' works)"
+        )
+        return found
+    parts = dict(module.named_modules())
+    for name in precision.fp32:
+        if why := _why_not_alone(name, parts.get(name)):
+            found.append(f"precision.fp32: {name!r}, {why}")
+    if precision.residual_scale != 1:
+        where = "in a mixture of experts" if is_mixture(module.config) else "for this family"
+        if is_mixture(module.config) or not _has_plain_ends(module):
+            found.append(f"precision.residual_scale = {precision.residual_scale:g} {where}")
+    return found
+
+
+def _why_not_alone(name: str, part: Any) -> str:
+    """Why vLLM cannot take a module to FP32 by itself; empty for dense MLPs and linear layers that it does not join."""
+    if part is None:
+        return ""  # the model has no such module at all, which its own fit says
+    if any(hasattr(inner, "head_dim") for inner in part.modules()):
+        return "which holds attention, whose keys and values have one format there"
+    if any(p.dim() == 3 for p in part.parameters()) or hasattr(part, "experts"):
+        return "which holds experts, which cannot be taken to FP32 by themselves there"
+    if name.endswith(_WHOLE):
+        return ""
+    holder = name.rpartition(".")[0]
+    if holder.endswith(".mlp"):
+        return f"which is no module of its own there: it joins projections. Name the part that holds it, {holder!r}"
+    return "which cannot be taken to FP32 by itself there"
+
+
+def _has_plain_ends(module: Any) -> bool:
+    """Whether every branch ends in a product without a bias, or in a norm as in Gemma 2."""
+    for layer in module.base_model.layers:
+        ends = (getattr(layer.self_attn, "o_proj", None), getattr(layer.mlp, "down_proj", None))
+        plain = all(end is not None and getattr(end, "bias", None) is None for end in ends)
+        if not plain and not hasattr(layer, "post_feedforward_layernorm"):
+            return False
+    return True
+
+
+def refuse(precision: Precision, module: Any, apart: bool = False) -> None:
+    """Raises ValueError for a plan that vLLM cannot follow with this model."""
+    if found := not_followed(precision, module, apart):
+        raise ValueError(f"vLLM does not follow {'; nor '.join(found)}. {_USE_TORCH}")
+
+
+@contextlib.contextmanager
+def fp16_allowed(told: Mapping[str, Any]) -> Iterator[None]:
+    """Meanwhile vLLM opens every family in FP16, if the plan in `told`, its arguments, rescales the residual stream.
+
+    It refuses families whose stream is known to pass 65504, Gemma 2 and 3. With the stream rescaled the reason is gone.
+    """
+    if told["additional_config"][KEY]["residual_scale"] == 1:
+        yield
         return
-    if told is not None and told[KEY]["residual_scale"] != 1:
-        import_module(f"{vllm.__name__}.config.model")._FLOAT16_NOT_SUPPORTED_MODELS.clear()
-    loaders: Any = import_module(f"{vllm.__name__}.model_executor.model_loader")
+    refused: dict[str, str] = import_module("vllm.config.model")._FLOAT16_NOT_SUPPORTED_MODELS
+    before = dict(refused)
+    refused.clear()
+    try:
+        yield
+    finally:
+        refused.update(before)
+
+
+def register() -> None:
+    """Makes the load format known to the vLLM of this process, if there is one."""
+    if "vllm" not in sys.modules:
+        return
+    loaders: Any = import_module("vllm.model_executor.model_loader")
     dummy: Any = loaders.DummyModelLoader
 
     class FittedLoader(dummy):

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from tenbit.engines.delivery import checksum, undelivered
 from tenbit.engines.vllm_start import SHARED_MEMORY, unfit
-from tenbit.models.experts import is_mixture
 from tenbit.models.loading import Model
 from tenbit.models.lora import A, Adapter, B, is_adapter, peft_config, peft_name
 from tenbit.precision import Precision
@@ -41,16 +40,6 @@ class Apart:
     """The adapter of one vLLM engine. `request` is what every prompt must come with, once an adapter is there."""
 
     def __init__(self, model: Model, adapter: Adapter, precision: Precision) -> None:
-        if is_mixture(model.module.config):
-            raise ValueError(
-                "lora.rollout = 'adapter': vLLM cannot run adapters beside a mixture of experts everywhere: on CPUs it "
-                "crashes. Set lora.rollout = 'merged'"
-            )
-        if precision.alters:
-            raise ValueError(
-                "lora.rollout = 'adapter': vLLM multiplies adapters in the rollout format, whatever precision.fp32 and "
-                "precision.residual_scale say. Set lora.rollout = 'merged'"
-            )
         self._adapter, self._precision = adapter, precision
         self._shapes = {name: t.shape for name, t in model.module.state_dict().items() if is_adapter(name)}
         self._arrived: dict[str, Tensor] = {}

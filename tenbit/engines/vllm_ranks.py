@@ -28,8 +28,6 @@ from tenbit.engines.delivery import Report
 from tenbit.recipe import VllmSpec
 
 PATIENCE = 20.0  # seconds by which ranks that fail of the same cause may be apart
-_LAUNCHER = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-             "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")  # fmt: skip
 _failures: dict[tuple[int, int], int] = {}
 
 
@@ -37,9 +35,9 @@ def team_size(spec: VllmSpec) -> int:
     """How many consecutive ranks are one engine. Raises ValueError, naming the key, for what ranks cannot be."""
     if world.size() == 1:
         return 1
-    tensor, *others = (int(spec.options.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline", "data"))
+    tensor = spec.parallel("tensor")
     where, local = "rollout.vllm.options", int(os.environ.get("LOCAL_WORLD_SIZE", world.size()))
-    if others != [1, 1]:
+    if spec.parallel("pipeline") != 1 or spec.parallel("data") != 1:
         raise ValueError(
             f"{where}: on {world.size()} ranks neither pipeline_parallel_size nor data_parallel_size can be set: every "
             "rank has an engine already. Remove it; a model too large for one GPU takes tensor_parallel_size"
@@ -76,15 +74,7 @@ class Team:
         """
         if self.size == 1:
             return install()
-
-        def whole() -> list[Report]:
-            try:
-                return install()
-            finally:
-                for _ in named:
-                    pass
-
-        everyone = world.gather(world.together(whole))
+        everyone = world.gather(world.reading(named, lambda _: install()))
         return [report for one in everyone[self.first : self.first + self.size] for report in one]
 
     @contextlib.contextmanager
@@ -107,19 +97,11 @@ class Team:
         key = self.first, self.size
         turn = _failures[key] = _failures.get(key, 0) + 1
         name, end = f"{key[0]}+{key[1]}/{turn}", time.monotonic() + PATIENCE
-        store = _store()
+        store = world.store("tenbit/vllm")
         store.add(name, 1)
         while store.add(name, 0) < self.size and time.monotonic() < end:
             time.sleep(0.1)
         return store.add(name, 0) >= self.size
-
-
-def _store() -> Any:
-    """The launcher's key-value store, through a connection of our own."""
-    c10d: Any = dist  # a type checker finds stores nowhere
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return c10d.PrefixStore(f"tenbit/vllm/{run}", c10d.TCPStore(host, port, is_master=False, wait_for_workers=False))
 
 
 def is_guest() -> bool:
@@ -156,9 +138,9 @@ def as_if_alone(gpu: bool) -> Iterator[None]:
         yield
         return
     before = dict(os.environ)
-    for key in before:
-        if key.startswith(_LAUNCHER):
-            del os.environ[key]
+    hidden = world.launcher_variables(before)
+    for key in hidden:
+        del os.environ[key]
     if gpu:
         visible = before.get("CUDA_VISIBLE_DEVICES")
         local = int(before.get("LOCAL_RANK", "0"))
@@ -166,7 +148,7 @@ def as_if_alone(gpu: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.update({key: before[key] for key in before if key.startswith(_LAUNCHER)})
+        os.environ.update({key: before[key] for key in hidden})
         if gpu:
             os.environ.pop("CUDA_VISIBLE_DEVICES")
             os.environ.update({k: v for k, v in before.items() if k == "CUDA_VISIBLE_DEVICES"})

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tenbit.models.fit import all_routers
+
 UNKNOWN = -1  # stands for the experts of a token that no engine has run, and for padding
 NUMBERS = torch.int16  # transformers knows no mixture with more than 32,767 experts
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as families name it
@@ -74,7 +76,8 @@ def unseen(module: Any, on_gpu_vllm: bool) -> str:
     if not is_mixture(module.config):
         return ""
     if not routers(module):
-        return f"how model_type {module.config.model_type!r} routes has a form that is not known"
+        plain = "" if all_routers(module) else "; nor can they compute in FP32: they stay in the model's format"
+        return f"model_type {module.config.model_type!r} has routers of a form that is not known{plain}"
     return "vLLM on GPUs says which experts it chose only with rollout.replay = true" if on_gpu_vllm else ""
 
 

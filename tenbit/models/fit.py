@@ -17,15 +17,17 @@ the same names: `engines/vllm_fit.py` does the same there.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from tenbit.precision import Format, Precision
 
@@ -56,6 +58,22 @@ def all_routers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in module.named_modules() if type(m).__name__.lower().endswith("topkrouter")}
 
 
+def refuse_own_formats(config: Any, precision: Precision) -> None:
+    """Raises ValueError for an architecture that keeps parameters of its own in FP32 where the plan rolls out in less:
+    sampler and trainer would not compute in the same format there."""
+    if precision.rollout is Format.FP32:
+        return
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=precision.rollout.dtype)
+    wide = [name for name, p in module.named_parameters() if p.dtype == WIDE]
+    if wide:
+        more = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
+        raise ValueError(
+            f"precision: model_type {config.model_type!r} keeps parameters in FP32 by itself ({wide[0]}{more}), which "
+            f"a plan that rolls out in {precision.rollout.value!r} does not follow. Set precision = 'fp32'"
+        )
+
+
 def _named(module: nn.Module, name: str) -> nn.Module:
     """A decoder layer, or a part of one."""
     known = {n: m for n, m in module.named_modules() if re.search(r"\.\d+(\.|$)", n)}
@@ -77,12 +95,13 @@ def _named(module: nn.Module, name: str) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How a module's forward differs from its class's: what is cast to FP32, what its result is multiplied by, and
-    whether that is cast back to the format of what came in."""
+class _Change:
+    """How a module's forward differs from its class's: what is cast to FP32, by what its bias and its result are
+    multiplied, and whether that is cast back to the format of what came in."""
 
     weights: bool = False
     inputs: bool = False
+    bias: float = 1.0
     times: float = 1.0
     back: bool = False
 
@@ -96,24 +115,26 @@ def _in_fp32(module: nn.Module, back: bool) -> None:
 
 
 def _alter(module: Any, **more: Any) -> None:
-    module.way = replace(getattr(module, "way", _Way()), **more)
+    module.change = replace(getattr(module, "change", _Change()), **more)
     # no closure over the module: a deep copy must compute with its own weights
     module.forward = types.MethodType(_altered_forward, module)
 
 
 def _altered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    way: _Way = self.way
+    change: _Change = self.change
     given = next((a.dtype for a in (*args, *kwargs.values()) if _is_float(a)), WIDE)
-    if way.inputs:
+    if change.inputs:
         args, kwargs = _cast(args, WIDE), _cast(kwargs, WIDE)
     with contextlib.ExitStack() as stack:
-        if way.weights:
-            stack.enter_context(_upcast(self))
-        if way.weights or way.inputs:
+        if change.weights:
+            stack.enter_context(_instead(self, lambda _, p: p.to(WIDE)))
+        if change.bias != 1:
+            stack.enter_context(_instead(self, lambda name, p: p * change.bias if name == "bias" else p))
+        if change.weights or change.inputs:
             stack.enter_context(torch.autocast(_device(args, kwargs), enabled=False))
         out = type(self).forward(self, *args, **kwargs)
-    out = _times(out, way.times)
-    return _cast(out, given) if way.back else out
+    out = _times(out, change.times)
+    return _cast(out, given) if change.back else out
 
 
 def _times(out: Any, factor: float) -> Any:
@@ -125,11 +146,12 @@ def _times(out: Any, factor: float) -> Any:
 
 
 @contextlib.contextmanager
-def _upcast(part: nn.Module) -> Iterator[None]:
+def _instead(part: nn.Module, made: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Meanwhile `part` computes with what is made of its parameters, differentiably: they get the gradient."""
     held: dict[str, Any] = dict(part._parameters)
-    wide: dict[str, Any] = {name: None if p is None else p.to(WIDE) for name, p in held.items()}
+    others: dict[str, Any] = {name: None if p is None else made(name, p) for name, p in held.items()}
     try:
-        part._parameters.update(wide)  # made by a differentiable cast, so the parameters get the gradient
+        part._parameters.update(others)
         yield
     finally:
         part._parameters.update(held)
@@ -213,18 +235,15 @@ def _scale_branches(layer: Any, scale: float) -> None:
 
 
 def _scale_linear(linear: Any, scale: float) -> None:
-    """c (W x + b), computed as W (c x) + b + (c - 1) b: the large product never comes to be."""
+    """c (W x + b), computed as W (c x) + (c b): the large product never comes to be, and nothing cancels."""
     linear.register_forward_pre_hook(partial(_times_input, scale))
-    if getattr(linear, "bias", None) is not None:
-        linear.register_forward_hook(partial(_less_bias, scale))
+    plain = getattr(linear, "base_layer", linear)  # of a layer with an adapter, which has no bias of its own
+    if plain.bias is not None:
+        _alter(plain, bias=scale)
 
 
 def _times_input(scale: float, module: nn.Module, args: Any) -> Any:
     return (args[0] * scale, *args[1:])
-
-
-def _less_bias(scale: float, module: Any, args: Any, out: Tensor) -> Tensor:
-    return out + (scale - 1) * module.bias
 
 
 def _scale_eps(norm: Any, scale: float) -> None:

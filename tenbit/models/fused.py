@@ -122,7 +122,7 @@ def _compute(parts: _Parts, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         parts.scale,
         0.0 if q_norm is None else q_norm.variance_epsilon,
     )
-    rows = hidden.reshape(-1, width)
+    rows = hidden.reshape(-1, width).contiguous()
     rows, normed = kernels.add_norm(rows, None, parts.norm1.weight, parts.norm1.variance_epsilon)
     qkv = _linear(normed, *parts.qkv)
     weights = (None, None) if q_norm is None else (q_norm.weight, k_norm.weight)
@@ -149,7 +149,7 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """RMSNorm's forward."""
     if not _computable(hidden_states, [self.weight]):
         return type(self).forward(self, hidden_states)
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()  # it may be a slice (DeepSeek's keys)
     return kernels.add_norm(rows, None, self.weight, self.variance_epsilon)[1].view(hidden_states.shape)
 
 

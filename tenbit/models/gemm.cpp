@@ -7,8 +7,6 @@
 //
 // Every element of c is summed over k in the same order, however the work is divided among threads.
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <memory>
@@ -249,12 +247,6 @@ void product(const Operand& a, const Operand& b, const uint16_t* bias, uint16_t*
 }  // namespace
 
 extern "C" {
-
-// Whether the operating system lets this process use the tiles; asks for the permission.
-int tb_amx() {
-    constexpr int kRequest = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
 
 // a [m, k], b [k, n], each with a stride of 1 in one direction; bias [n] or none; c [m, n] by rows.
 void tb_product(int dtype, const uint16_t* a, int64_t a_row, int64_t a_column, const uint16_t* b,

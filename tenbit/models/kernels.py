@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from tenbit.native import AMX, cpu_flags, load_library
+from tenbit.native import AMX, cpu_flags, load_library, may_use_tiles
 from tenbit.precision import Format
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _kernels() -> ctypes.CDLL:
 @functools.cache
 def _has_tiles() -> bool:
     lib = library()
-    return lib is not None and hasattr(lib, "tb_product") and bool(lib.tb_amx())
+    return lib is not None and hasattr(lib, "tb_product") and may_use_tiles()
 
 
 def _code(tensor: Tensor) -> int:

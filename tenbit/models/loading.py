@@ -29,6 +29,7 @@ from tenbit.models.logprobs import Head
 from tenbit.models.lora import Adapter
 from tenbit.precision import Format
 from tenbit.recipe import ModelSpec
+from tenbit.types import Share
 
 BUILTIN = Path(__file__).parent / "builtin"
 log = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ class Model:
     context: int
     device: torch.device
     adapter: Adapter | None = None  # beside its weights, which are frozen then
+    base: str | None = None  # digest of these, where the weights are
 
-    def weights(self, share: Literal["model", "parts", "trained"] = "model") -> Iterable[tuple[str, torch.Tensor]]:
+    def weights(self, share: Share = "model") -> Iterable[tuple[str, torch.Tensor]]:
         """As an engine wants them: its own, adapters merged in; or all that the module holds, an adapter apart."""
         named = self.module.state_dict().items()
         return named if self.adapter is None or share != "model" else self.adapter.merged(named)
@@ -67,16 +69,20 @@ class Outline:
     stop_token_ids: tuple[int, ...]
     pad_token_id: int
     context: int
+    adapter: Adapter | None = None  # that engines compute with apart; what is merged is the model's own weights
 
     @classmethod
     def of(cls, model: Model) -> Outline:
-        return cls(model.module.config, model.tokenizer, model.stop_token_ids, model.pad_token_id, model.context)
+        adapter = model.adapter if model.adapter is not None and model.adapter.apart else None
+        numbers = model.stop_token_ids, model.pad_token_id, model.context
+        return cls(model.module.config, model.tokenizer, *numbers, adapter)
 
     def model(self, device: torch.device) -> Model:
         """Its module is on the meta device; `device` is where an engine is to compute."""
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(self.config, dtype=Format.FP32.dtype)
-        return Model(module, self.tokenizer, self.stop_token_ids, self.pad_token_id, self.context, device)
+        plain = Model(module, self.tokenizer, self.stop_token_ids, self.pad_token_id, self.context, device)
+        return _adapted(plain, self.adapter)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -135,9 +141,7 @@ def load_outline(spec: ModelSpec, extra_stop_tokens: tuple[str, ...] = (), adapt
 
 def _adapted(model: Model, adapter: Adapter | None) -> Model:
     """With an adapter beside its weights."""
-    if adapter is not None:
-        adapter.inject(model.module)
-    return replace(model, adapter=adapter)
+    return model if adapter is None else replace(model, adapter=adapter, base=adapter.inject(model.module))
 
 
 def _open(

@@ -215,14 +215,14 @@ def train(out: Path, minutes: float, device: str, compile: bool) -> bool:
     return step == STEPS
 
 
-def build_optimizers(model: Any) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Any, lr: float = PEAK_LR) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest."""
     inside = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = set(map(id, inside))
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(inside, lr=PEAK_LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(inside, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -251,7 +251,7 @@ def _load_state(path: Path, model: Any, optimizers: Sequence[torch.optim.Optimiz
 def export(model: Any, tokenizer: Any, out: Path) -> None:
     """Saves weights in the format of the FP16 plan, with configuration and tokenizer, as a Hugging Face folder."""
     half = Precision.parse("fp16").export.dtype
-    copy: Any = Qwen2ForCausalLM(model.config)
+    copy: Any = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(half)
     copy.config.dtype = half

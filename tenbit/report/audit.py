@@ -53,7 +53,8 @@ def _said(audit: Mapping[str, Any]) -> str:
     kind, precision, trial, seen = audit["verdict"]["kind"], audit["precision"], audit["trial"], audit["seen"]
     looked = f"{whole(seen['tokens'])} tokens of {whole(seen['answers'])} answers were seen."
     if kind == "unsafe":
-        return f"Unsafe in {precision}: train it in bf16 or fp32. {looked}"
+        otherwise = f": train it in {' or '.join(audit['instead'])}" if audit["instead"] else ""
+        return f"Unsafe in {precision}{otherwise}. {looked}"
     tried = (
         f"One gradient step and one scoring by tenbit's own trainer and engine were finite; KL from FP32 "
         f"{scientific(trial['trainer'])} per token, between training and sampling {scientific(trial['engine'])}. "

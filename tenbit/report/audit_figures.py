@@ -22,6 +22,10 @@ ROW, BAR = 15.0, 9.0
 HISTOGRAM = 96.0
 WIDE = 2.0**60  # a format that reaches so far has its edges outside every picture
 SPAN = 44
+SHORTER = (
+    ("_layernorm", " norm"), ("_norm", " norm"), ("post_attention", "post-attn"), ("pre_feedforward", "pre-MLP"),
+    ("post_feedforward", "post-MLP"), ("self_attn", "attn"), ("block_sparse_moe", "moe"),
+)  # fmt: skip
 Row = Mapping[str, Any]
 
 
@@ -153,7 +157,13 @@ def shown_rows(forward: Sequence[Row], name: str) -> list[tuple[str, Row]]:
 
 
 def _short(label: str, most: int = 21) -> str:
-    return label if len(label) <= most else "…" + label[-(most - 1) :]
+    """A module's name in the room beside a bar: words shortened that all models have, then the middle left out."""
+    for long, short in SHORTER:
+        label = label.replace(long, short)
+    if len(label) <= most:
+        return label
+    end = (most - 1) // 2 + 3  # what tells two places apart stands at the end: "in", "out"
+    return f"{label[: most - 1 - end]}…{label[-end:]}"
 
 
 def _bars(rows: Sequence[tuple[str, Row]], across: Scale, format: Format) -> tuple[Markup, float]:

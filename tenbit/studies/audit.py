@@ -12,11 +12,11 @@ looked at again with them; and the plan that comes out is run by tenbit's own ba
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import json
+import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rich.text import Text
 
 from tenbit.batching import Row
 from tenbit.console import default_console
-from tenbit.folder import holds_something, make_folder
+from tenbit.folder import make_folder
 from tenbit.models.loading import Model
 from tenbit.precision import Precision
 from tenbit.recipe import Recipe
@@ -35,35 +35,33 @@ from tenbit.runlog import write_atomic
 from tenbit.scoring import sample
 from tenbit.studies.audit_anatomy import Anatomy, anatomy_of, is_wide
 from tenbit.studies.audit_backward import Histogram, Window, strict_scale
+from tenbit.studies.audit_cure import cure, settled, steadied
 from tenbit.studies.audit_forward import Place
-from tenbit.studies.audit_notes import few, of_recipe, unfollowed
+from tenbit.studies.audit_notes import cut_short, few, instead, narrow, of_recipe, unfollowed
 from tenbit.studies.audit_plan import AuditPlan, make_plan, write_applied
-from tenbit.studies.audit_run import MOST_BENT, Seen, Trial, confirm, rows_of, watch
+from tenbit.studies.audit_run import Seen, Trial, most_bent, rows_of, watch
 from tenbit.studies.audit_verdict import (
+    AS_SEEN,
     HEADROOM,
     Finding,
+    Stretch,
     Verdict,
-    changes,
-    drifted,
     judge,
     loss_share,
-    met,
     narrowest,
-    remedied,
     verdict_of,
     window_of,
 )
 from tenbit.studies.audit_weights import Weight, measure_weights
+from tenbit.studies.folders import Note, free_folder, noter
 from tenbit.studies.options import said_in_options
 from tenbit.studies.probe import chosen_prompts, clean
 from tenbit.studies.probe_plan import OPTIONS
-from tenbit.types import Totals
+from tenbit.types import EngineFailed, Overflow, Totals
 
 SCHEMA = "tenbit.audit/1"
-ROUNDS = 8  # of remedies: each makes the plan wider, and the last one left is none
 FILE = "audit.json"
-
-Note = Callable[[str], None]
+FAILED = 4  # the status of an audit that broke off, which says nothing of the model
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,20 @@ class Audit:
     answers: int = 0
     tokens: int = 0  # of the answers
     unfollowed: tuple[str, ...] = ()  # what the recipe's engine will refuse of `plan`
+    stretch: Stretch = AS_SEEN  # for answers that are longer than those that were seen
 
     @property
     def window(self) -> Window:
-        return window_of(self.anatomy, self.plan, self.seen.backward)
+        return window_of(self.anatomy, self.plan, self.seen.backward, self.stretch)
 
     @property
     def window_before(self) -> Window:
-        return window_of(self.anatomy, self.base, self.before.backward)
+        return window_of(self.anatomy, self.base, self.before.backward, self.stretch)
+
+    @property
+    def instead(self) -> tuple[str, ...]:
+        """What to train an unsafe model in."""
+        return instead(self.base, rounding=self.trial is not None and self.trial.finite)
 
     @property
     def scale(self) -> float:
@@ -120,6 +124,8 @@ class Audit:
             "left": [f.as_dict() for f in self.left],
             "window": _window(self.window),
             "window_before": _window(self.window_before),
+            "stretch": vars(self.stretch),
+            "instead": list(self.instead),
             "loss_scale": self.scale,
             "trial": self.trial.as_dict() if self.trial else None,
             "layers": list(self.anatomy.layers),
@@ -159,73 +165,66 @@ def _window(w: Window) -> dict[str, Any]:
 
 
 def audit_model(
-    model: Model, recipe: Recipe, rows: Sequence[Row], totals: Totals, note: Note, settings: dict[str, Any]
-) -> Audit:
-    """Measures, judges, looks again with the remedies, and tries the plan. `recipe.precision` is what is judged."""
-    base = plan = recipe.precision
-    anatomy = anatomy_of(model.module)
+    model: Model, recipe: Recipe, rows: Sequence[Row], totals: Totals, note: Note, settings: dict[str, Any],
+    stretch: Stretch = AS_SEEN,
+) -> Audit:  # fmt: skip
+    """Measures, judges, looks again with the remedies, and tries the plan. `recipe.precision` is what is judged.
+
+    Raises ValueError where there is nothing to judge: every gradient is zero.
+    """
+    base, anatomy = recipe.precision, anatomy_of(model.module)
     formats = dict.fromkeys(f for f in (base.copy_format, base.compute, base.rollout) if f != base.master)
-    weights = tuple(w for f in formats for w in measure_weights(model.module.named_parameters(), f))
+    cast = [w for f in formats for w in measure_weights(model.module.named_parameters(), f)]
     note(f"going through {sum(r.length for r in rows):,} tokens in {base.master.value}, forward and backward")
-    before = seen = watch(model, recipe, plan, rows, totals)
+    before = watch(model, recipe, base, rows, totals)
+    weights, unhurt = settled(model, recipe, rows, cast, before)
+    first = judge(anatomy, base, weights, before.forward, before.backward, stretch)
+    found = cure(model, recipe, rows, totals, anatomy, weights, before, stretch, note)
+    if not found.left:
+        refuse_no_gradients(before.backward)
+        found = steadied(model, recipe, rows, totals, found, before, note)
     responses, tokens = len(rows), sum(r.rollout.completion.length for r in rows)
-    notes = few(responses, tokens)
-    first = left = judge(anatomy, plan, weights, seen.forward, seen.backward)
-    cured: list[Finding] = []
-    for _ in range(ROUNDS):
-        wider = remedied(plan, met(left))
-        if wider == plan:
-            break
-        note(f"looking again with {', '.join(f'{k} = {v}' for k, v in changes(plan, wider).items())}")
-        if wider.residual_scale != plan.residual_scale:
-            try:
-                seen = watch(model, recipe, wider, rows, totals)
-            except ValueError as error:  # a family whose stream cannot be rescaled
-                notes.append(str(error))
-                anatomy = Anatomy(**{**vars(anatomy), "no_rescale": str(error)})
-                wider = plan
-        cured += met(left) if wider != plan else []
-        plan = wider
-        left = judge(anatomy, plan, weights, seen.forward, seen.backward)
-    if not any(h.values for h in seen.backward.values()):
-        notes.append("every gradient is zero: these answers say nothing of the backward pass. Try others")
-    trial = None
-    if not left:
-        note(f"one gradient step and one scoring in {plan.name}")
-        trial = confirm(model, recipe, plan, rows, totals, before)
-    if trial is not None and trial.finite and not trial.passed and plan.head == "model":
-        note(f"{trial.failed}; once more with head = fp32")
-        drift = drifted(anatomy, trial)
-        wider = remedied(plan, [drift])
-        again = confirm(model, recipe, wider, rows, totals, before)
-        if again.passed:
-            cured, plan, trial = [*cured, drift], wider, again
-    if trial is not None and trial.doubt > MOST_BENT:
+    trial, plan = found.trial, found.plan
+    notes = [*few(responses, tokens), *unhurt, *found.notes]
+    if plan.loss_scale is not None and not found.left:
+        notes += narrow(window_of(found.anatomy, plan, found.seen.backward, stretch))
+    if trial is not None and trial.doubt > most_bent(plan.compute.epsilon):
         notes.append(
             f"FP32 itself knows the gradient's norm only to {trial.doubt:.0%}, for large terms cancel in it: it is not "
             "compared with that of the plan"
         )
-    verdict = verdict_of(base, plan, cured, left, trial)
+    verdict = verdict_of(base, plan, found.cured, found.left, trial)
     return Audit(
-        settings, anatomy, base, plan, weights, before, seen, tuple(first), tuple(left), trial, verdict,
-        tuple(notes), totals, responses, tokens,
+        settings, found.anatomy, base, plan, tuple(weights), before, found.seen, tuple(first), found.left, trial,
+        verdict, tuple(notes), totals, responses, tokens, stretch=stretch,
     )  # fmt: skip
 
 
-def run(plan: AuditPlan, out: Path | None, console: Console) -> Audit:
-    """The command, from the plan to the folder."""
+def refuse_no_gradients(backward: Mapping[Place, Histogram]) -> None:
+    if not any(h.values for h in backward.values()):
+        raise ValueError(
+            "every gradient is zero, so nothing was judged of the backward pass: the model is certain of every token "
+            "of these answers, or the loss does not move. Raise --prompts, --samples or rollout.temperature"
+        )
+
+
+def run(plan: AuditPlan, out: Path | None = None, console: Console | None = None) -> Audit:
+    """The command, from the plan to the folder; on the screen, if no console is given."""
     from tenbit.studies.audit_screen import show
 
-    folder = free_folder(out)
+    folder = free_folder(out, "audit")
     model, asked, recipe = plan.open()
     prompts = chosen_prompts(recipe, asked)
-    note = _noter(console)
+    console = console or default_console()
+    note = noter(console)
     with said_in_options(OPTIONS):
-        note(f"sampling {len(prompts)} answers in fp32")
+        note(f"sampling {len(prompts)} answers in fp32, asked with template {recipe.task.template!r}")
         completions = sample(recipe, model, Precision.parse("fp32"), prompts)
     rows = rows_of(completions, plan.advantage)
-    audit = audit_model(model, recipe, rows, plan.totals(rows), note, settings_of(recipe, model, rows, plan))
-    beside = of_recipe(recipe, plan.own, plan.target)
+    stretch, settings = plan.stretch(rows), settings_of(recipe, model, rows, plan)
+    audit = audit_model(model, recipe, rows, plan.totals(rows), note, settings, stretch)
+    beside = [*of_recipe(recipe, plan.own, plan.target), *plan.probe.notes]
+    beside += cut_short(plan.cut_off(rows), len(rows), recipe, plan.own, stretch)
     refused = unfollowed(audit.plan, plan.own, model.module)
     audit = replace(audit, notes=(*beside, *audit.notes), unfollowed=tuple(refused))
     make_folder(folder)
@@ -267,6 +266,9 @@ def settings_of(recipe: Recipe, model: Model, rows: Sequence[Row], plan: AuditPl
             "samples": recipe.rollout.samples,
             "max_tokens": recipe.rollout.max_tokens,
             "temperature": recipe.rollout.temperature,
+            "template": recipe.task.template,
+            "stop_tokens": list(recipe.rollout.stop_tokens),
+            "cut_off": sum(r.rollout.completion.finish == "length" for r in rows),
             "seed": recipe.seed,
             "tokens": sum(r.length for r in rows),
             "longest": max(r.length for r in rows),
@@ -283,27 +285,6 @@ def settings_of(recipe: Recipe, model: Model, rows: Sequence[Row], plan: AuditPl
     }
 
 
-def free_folder(out: Path | None) -> Path:
-    """`out`, or runs/audit, runs/audit-2, ...: a new or empty folder. Nothing is made yet."""
-    if out is None:
-        others = (Path("runs", f"audit-{n}") for n in itertools.count(2))
-        out = next(p for p in itertools.chain([Path("runs", "audit")], others) if not p.exists())
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: this is a file. Name a folder")
-    if holds_something(out):
-        raise ValueError(f"--out {out}: the folder is not empty. Name another one")
-    return out
-
-
-def _noter(console: Console) -> Note:
-    began = time.perf_counter()
-
-    def note(text: str) -> None:
-        console.print(Text.assemble((f"{time.perf_counter() - began:6.1f} s  ", "dim"), text), soft_wrap=True)
-
-    return note
-
-
 def audit_command(
     model: str,
     options: dict[str, Any],
@@ -312,9 +293,17 @@ def audit_command(
     overrides: Sequence[str],
     out: Path | None,
 ) -> Audit:
-    """The command: options -> plan -> folder. Ctrl-C is status 130, for 1 is a verdict."""
+    """The command: options -> plan -> folder. 1 is a verdict, so Ctrl-C is status 130 and what failed is `FAILED`."""
     try:
-        return run(make_plan(model, options, precision, apply, overrides), out, default_console())
+        return run(make_plan(model, options, precision, apply, overrides), out)
     except KeyboardInterrupt:
         print("tenbit: stopped; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
+    except ValueError:  # bad input, which the command line says and ends with 2
+        raise
+    except Exception as error:
+        if isinstance(error, OSError | Overflow | EngineFailed) and not os.environ.get("TENBIT_TRACEBACK"):
+            print(f"tenbit: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        raise SystemExit(FAILED) from None

@@ -60,7 +60,7 @@ def is_stream(place: Place, anatomy: Anatomy, forward: Mapping[Place, Range]) ->
     if place.module in anatomy.layers:
         return place.kind in ("input", "output")
     if place.module == anatomy.embedding:
-        return place.kind == "output"
+        return place.kind in ("output", "table")
     if place.kind != "input":
         return False
     reads = place.module in anatomy.norms and anatomy.part_of(place.module) == place.module

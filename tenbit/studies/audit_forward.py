@@ -3,7 +3,7 @@
     forward = Forward(module)
     with forward.watching():
         hidden = response_hidden(module, ...)
-        forward.see_logits(hidden, head)
+        forward.see_logits(hidden, head, "lm_head")
     forward.ranges()                {Place("model.layers.0.mlp.down_proj", "input"): Range(largest=1.2e5, ...), ...}
 
 The model runs in FP32, so what is seen are true values, also beyond the range of the format that is asked about. Of
@@ -27,10 +27,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tenbit.models.logprobs import CHUNK_ELEMENTS, Head
 
-Kind = Literal["input", "output", "inside", "product", "scores", "logits", "weight"]
-"""`inside`: of experts. `product`: query times key, which eager attention holds; `scores`: the same after scaling.
-`weight`: of gradients only."""
+Kind = Literal["input", "output", "inside", "table", "product", "scores", "logits", "weight"]
+"""`inside`: of experts. `table`: every token's embedding, also of tokens that no answer has. `product`: query times
+key, which eager attention holds; `scores`: the same after scaling. `weight`: of gradients only."""
 
+TOKENS = 4096  # of the vocabulary, looked up at a time
 # passed along to modules, and no activations: masks hold the lowest number there is
 NOT_ACTIVATIONS = ("attention_mask", "position_embeddings", "position_ids", "causal_mask_mapping")
 
@@ -136,6 +137,14 @@ class Forward:
         for part in hidden.detach().split(rows):
             bias = None if head.bias is None else head.bias.to(part.dtype)
             self.see(Place(name, "logits"), F.linear(part, head.weight.to(part.dtype), bias))
+
+    @torch.no_grad()
+    def see_table(self) -> None:
+        """What enters the stream for any token of the vocabulary: weights are known without its being sampled."""
+        table = self._model.get_input_embeddings()
+        place = Place(self._names[id(table)], "table")
+        for ids in torch.arange(len(table.weight), device=table.weight.device).split(TOKENS):
+            self.see(place, table(ids))
 
     def ranges(self) -> dict[Place, Range]:
         """In the order in which they were first computed."""

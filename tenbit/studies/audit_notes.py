@@ -1,23 +1,25 @@
 """What must be read beside a verdict: how little was looked at, and what the recipe has that an audit does not follow.
 
 few(answers, tokens)                       "seen were only 1 token of 1 answer; ..."
+cut_short(cut, answers, recipe, own, ...)  how many answers the audit cut off that training will not
+narrow(window)                             that hardly any loss scale fits
 unfollowed(precision, recipe, module)      what vLLM would refuse of a plan that the built-in engine follows
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tenbit.models.experts import is_mixture
-from tenbit.precision import Precision
+from tenbit.engines.vllm_fit import not_followed
+from tenbit.precision import Format, Precision
 from tenbit.recipe import Recipe
+from tenbit.studies.audit_backward import Window
+from tenbit.studies.audit_verdict import Stretch
 
 FEW_ANSWERS, FEW_TOKENS = 16, 500  # below either a verdict says little of what training will meet
 
-WITH_VLLM = (".mlp", ".mlp.down_proj", ".self_attn.o_proj")
-"""Ends of the names of modules that vLLM can take to FP32 by themselves; projections that it joins have none there."""
+ROOM = 4.0  # a window of loss scales narrower than this is told of
 
 
 def seen(answers: int, tokens: int) -> str:
@@ -31,6 +33,38 @@ def few(answers: int, tokens: int) -> list[str]:
         f"seen were only {seen(answers, tokens)}; below {FEW_TOKENS} tokens or {FEW_ANSWERS} answers a verdict says "
         "little of what training will meet. Raise --prompts, --samples or --max-tokens"
     ]
+
+
+def cut_short(cut: int, answers: int, recipe: Recipe, own: Recipe | None, stretch: Stretch) -> list[str]:
+    """Answers that the audit's limit ended and the recipe's will not; `stretch` is what the window allows for them."""
+    if not cut or own is None:
+        return []
+    moved = f"its low end lies {stretch.low:g} times higher" if stretch.low > 1 else ""
+    moved = moved or (f"its high end lies {stretch.high:g} times lower" if stretch.high > 1 else "")
+    allowed = f"The window of loss scales allows for answers of that length: {moved}. " if moved else ""
+    return [
+        f"{cut:,} of {answers:,} answers were cut off at {recipe.rollout.max_tokens:,} tokens, and the recipe's may "
+        f"have {own.rollout.max_tokens:,}. {allowed}Raise --max-tokens to see more of them"
+    ]
+
+
+def narrow(window: Window) -> list[str]:
+    """A dynamic loss scale halves and doubles by itself: so little room it leaves at once."""
+    if window.empty or window.high_at is None or window.high >= ROOM * window.low:
+        return []
+    between = f"{window.low:g}" if window.low == window.high else f"{window.low:g} to {window.high:g}"
+    return [
+        f"hardly a loss scale fits, {between}: one overflow or one growth step leaves it. FP32 for the modules at its "
+        f"ends (precision.fp32: {window.low_at} and {window.high_at}) makes it wider"
+    ]
+
+
+def instead(precision: Precision, rounding: bool) -> tuple[str, ...]:
+    """Formats to train in where this plan is unsafe, none that it has. BF16 is no remedy for `rounding`."""
+    sides = {precision.compute, precision.rollout}
+    if sides == {Format.FP32}:
+        return ()
+    return ("fp32",) if rounding or Format.BF16 in sides else ("bf16", "fp32")
 
 
 def of_recipe(recipe: Recipe, own: Recipe | None, target: Path | None) -> list[str]:
@@ -55,43 +89,14 @@ def _same(a: str, b: str) -> bool:
 
 def unfollowed(precision: Precision, recipe: Recipe | None, module: Any) -> list[str]:
     """What the recipe's engine will refuse of the plan. vLLM is not started: this is what is known of it."""
-    engine = None if recipe is None else recipe.rollout.engine
-    if recipe is None or "vllm" not in (engine, recipe.rollout.ray.engine if engine == "ray" else None):
+    if recipe is None or recipe.rollout.kind != "vllm":
         return []
-    key = "rollout.engine" if engine == "vllm" else "rollout.ray.engine"
-    refused = list(_refused(precision, recipe, module))
+    key = "rollout.ray.engine" if recipe.rollout.engine == "ray" else "rollout.engine"
+    apart = recipe.lora is not None and recipe.lora.rollout == "adapter"
+    refused = not_followed(precision, module, apart)
     if not refused:
         return []
     return [
         f"{key} = 'vllm' does not follow {'; '.join(refused)}. {key} = 'torch' does; vLLM will refuse to start with "
         "this plan"
     ]
-
-
-def _refused(precision: Precision, recipe: Recipe, module: Any) -> Iterator[str]:
-    apart = recipe.lora is not None and recipe.lora.rollout == "adapter"
-    mixture = is_mixture(module.config)
-    names = [n for n in precision.fp32 if apart or not _is_alone(module, n)]
-    if names:
-        why = " beside an adapter (lora.rollout = 'merged' would do)" if apart else ""
-        yield f"precision.fp32 = {names}{why}"
-    if precision.residual_scale != 1 and (mixture or apart or not _has_plain_ends(module)):
-        why = " in a mixture of experts" if mixture else " beside an adapter" if apart else " for this family"
-        yield f"precision.residual_scale = {precision.residual_scale:g}{why}"
-
-
-def _is_alone(module: Any, name: str) -> bool:
-    """Whether vLLM has such a module and can take it to FP32: dense MLPs, and linear layers that it does not join."""
-    part = dict(module.named_modules()).get(name)
-    experts = part is None or any(p.dim() == 3 for p in part.parameters()) or hasattr(part, "experts")
-    return name.endswith(WITH_VLLM) and not experts
-
-
-def _has_plain_ends(module: Any) -> bool:
-    """Whether every branch ends in a product without a bias, or in a norm as in Gemma 2."""
-    for layer in module.base_model.layers:
-        ends = (getattr(layer.self_attn, "o_proj", None), getattr(layer.mlp, "down_proj", None))
-        plain = all(end is not None and getattr(end, "bias", None) is None for end in ends)
-        if not plain and not hasattr(layer, "post_feedforward_layernorm"):
-            return False
-    return True

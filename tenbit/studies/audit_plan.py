@@ -2,22 +2,23 @@
 divided by.
 
 Without a recipe the audit's own answers are one gradient step. With `--apply RECIPE` the plan, the algorithm, the
-micro-batches and the size of a gradient step are those of that recipe, because all of them decide how large gradients
-are; and the recipe with the remedies in it is written next to it.
+micro-batches, the size of a gradient step and the way problems are put are those of that recipe, because all of them
+decide how large gradients are; and the recipe with the remedies in it is written next to it.
 """
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from tenbit.advantages import ADVANTAGES
-from tenbit.batching import Row, totals
+from tenbit.batching import Row, micro_batches, totals
 from tenbit.models.fit import fit
 from tenbit.models.loading import Model, load_outline
 from tenbit.precision import Precision
@@ -26,7 +27,7 @@ from tenbit.recipe import AlgorithmSpec, Recipe, RolloutSpec, override
 from tenbit.runlog import write_atomic
 from tenbit.studies import probe_plan
 from tenbit.studies.audit_run import largest_advantage
-from tenbit.studies.audit_verdict import changes
+from tenbit.studies.audit_verdict import AS_SEEN, Stretch, changes
 from tenbit.studies.options import said_in_options
 from tenbit.types import Totals
 
@@ -59,9 +60,41 @@ class AuditPlan:
         """Of one gradient step: the recipe's that was named, or these rows."""
         if self.own is None:
             return totals(rows, self.probe.recipe.rollout.max_tokens)
-        rollout, mean = self.own.rollout, sum(r.rollout.completion.length for r in rows) / len(rows)
+        rollout, mean = self.own.rollout, _mean(rows)
         sequences = max(1, rollout.prompts * rollout.samples // self.own.optim.updates)
         return Totals(sequences, round(mean * sequences), rollout.max_tokens)
+
+    def cut_off(self, rows: Sequence[Row]) -> int:
+        """How many answers ended at the audit's limit where the recipe's is larger."""
+        if self.own is None or self.own.rollout.max_tokens <= self.probe.recipe.rollout.max_tokens:
+            return 0
+        return sum(r.rollout.completion.finish == "length" for r in rows)
+
+    def stretch(self, rows: Sequence[Row]) -> Stretch:
+        """What gradients may be with answers as long as the recipe allows, where the audit's were cut off.
+
+        Losses that divide by lengths have gradients so many times smaller. One that divides by a constant has them as
+        large of each token, and adds up more tokens, as many as a micro-batch holds.
+        """
+        if self.own is None or not self.cut_off(rows):
+            return AS_SEEN
+        recipe, longest = self.probe.recipe, self.own.rollout.max_tokens
+        longer = longest / _mean(rows)
+        if recipe.algorithm.build().reduction != "dr-grpo":
+            return Stretch(low=_power(longer))
+        lengths, budget = [r.length for r in rows], recipe.optim.token_budget
+        held = max(sum(lengths[i] for i in part) for part in micro_batches(lengths, budget)[0])
+        return Stretch(high=_power(min(longer, max(budget, longest) / held)))
+
+
+def _mean(rows: Sequence[Row]) -> float:
+    """Tokens of an answer."""
+    return sum(r.rollout.completion.length for r in rows) / len(rows)
+
+
+def _power(times: float) -> float:
+    """The next power of two, at least 1."""
+    return 2.0 ** math.ceil(math.log2(max(1.0, times)))
 
 
 def make_plan(
@@ -84,15 +117,19 @@ def make_plan(
             raise ValueError(f"--precision {precision}: an audit judges one plan. Name one, such as fp16")
     inside = [item for item in overrides if _section(item) == "precision"]
     others = [item for item in overrides if item not in inside]
-    plan = probe_plan.make_plan(model, **given, overrides=others, command="tenbit audit")
+    _refuse_engines(others)
+    plan = probe_plan.make_plan(model, **given, engine="torch", overrides=others, command="tenbit audit")
     recipe = plan.recipe
     if own is not None:
-        recipe = _trained_as(recipe, own, {_section(item) for item in others})
-    judged = _judged(precision, apply, inside)
+        said = {item.partition("=")[0].strip() for item in others}
+        said |= {"task.template"} if given.get("template") is not None else set()
+        recipe = _trained_as(recipe, own, said)
+    taken = {} if precision is not None or apply is not None else probe_plan.keys_of_run(model)
+    judged = _judged(precision, apply, taken, inside)
     if own is not None:
         Recipe.of(own.tree() | {"precision": table_of(judged)}, str(apply))  # or it could not be written in the end
     recipe = recipe.model_copy(update={"precision": judged})
-    plan = probe_plan.Plan(recipe, (judged,), plan.longest_given)
+    plan = replace(plan, recipe=recipe, precisions=(judged,), taken=taken)
     plan = plan if plan.longest_given else plan.with_longest(LONGEST)
     return AuditPlan(plan, apply, own, _advantage(recipe.algorithm, own, others))
 
@@ -112,9 +149,21 @@ def _section(item: str) -> str:
     return item.partition("=")[0].strip().partition(".")[0]
 
 
-def _judged(precision: str | None, apply: Path | None, overrides: Sequence[str]) -> Precision:
-    """What is named, else the recipe's, else FP16; with the keys that were given."""
-    tree: dict[str, Any] = {"precision": "fp16"}
+def _refuse_engines(overrides: Sequence[str]) -> None:
+    """Raises ValueError for an engine that would seem to have been heard."""
+    for item in overrides:
+        key, _, value = item.partition("=")
+        own = key.strip() == "rollout.engine" and value.strip().strip("'\"") == "torch"
+        if not own and key.strip().startswith(("rollout.engine", "rollout.vllm", "rollout.ray")):
+            raise ValueError(
+                f"{item!r}: an audit samples and scores with the built-in engine, and starts no other. Remove the key; "
+                "with --apply RECIPE it says which remedies that recipe's engine does not follow"
+            )
+
+
+def _judged(precision: str | None, apply: Path | None, taken: Mapping[str, Any], overrides: Sequence[str]) -> Precision:
+    """What is named, else the recipe's, else FP16 with a run's keys (`taken`); with the keys that were given."""
+    tree: dict[str, Any] = {"precision": {"preset": "fp16", **taken} if taken else "fp16"}
     if precision is not None:
         tree["precision"] = precision
     elif apply is not None:
@@ -124,14 +173,23 @@ def _judged(precision: str | None, apply: Path | None, overrides: Sequence[str])
     return Recipe.of({"steps": 1, "rollout": {"max_tokens": 1}, **tree}, "tenbit audit").precision
 
 
-def _trained_as(recipe: Recipe, own: Recipe, keys: set[str]) -> Recipe:
-    """The audit's recipe with what decides gradients taken from a run's. Advantages are the audit's, so no baseline."""
-    optim = own.optim.model_copy(update={"updates": 1})
+def _trained_as(recipe: Recipe, own: Recipe, said: set[str]) -> Recipe:
+    """The audit's recipe with what decides prompts and gradients taken from a run's, where the command does not say it
+    (`said`, dotted keys). Advantages are the audit's, so no baseline; of an algorithm all keys go together."""
     algorithm = own.algorithm.model_copy(update={"advantage": recipe.algorithm.advantage})
-    rollout = recipe.rollout.model_copy(update={"temperature": own.rollout.temperature})
-    model = own.model.model_copy(update={"path": recipe.model.path, "gradient_checkpointing": False})
-    taken = {"optim": optim, "algorithm": algorithm, "rollout": rollout, "model": model}
-    return recipe.model_copy(update={k: v for k, v in taken.items() if k not in keys})
+    wanted: dict[str, dict[str, Any]] = {
+        "optim": {**dict(own.optim), "updates": 1},
+        "rollout": {"temperature": own.rollout.temperature, "stop_tokens": own.rollout.stop_tokens},
+        "model": {**dict(own.model), "path": recipe.model.path, "gradient_checkpointing": False},
+        "task": {"template": own.task.template, "drop_long_prompts": own.task.drop_long_prompts},
+    }
+    parts: dict[str, Any] = {}
+    for section, values in wanted.items():
+        update = {key: v for key, v in values.items() if f"{section}.{key}" not in said}
+        parts[section] = getattr(recipe, section).model_copy(update=update)
+    if not any(key.startswith("algorithm.") for key in said):
+        parts["algorithm"] = algorithm
+    return recipe.model_copy(update=parts)
 
 
 def applied_path(recipe: Path) -> Path:

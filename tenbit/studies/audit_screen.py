@@ -29,7 +29,8 @@ def show(audit: Audit, console: Console) -> None:
         wide.print(weights(audit), "", sep="\n")
     v = audit.verdict
     lines = toml_lines(v.remedies)
-    what = {"safe": f" in {audit.base.name}", "unsafe": f" in {audit.base.name}: train it in bf16 or fp32"}
+    otherwise = f": train it in {' or '.join(audit.instead)}" if audit.instead else ""
+    what = {"safe": f" in {audit.base.name}", "unsafe": f" in {audit.base.name}{otherwise}"}
     looked = f"   {said_seen(audit.answers, audit.tokens)} seen"
     end = what.get(v.kind, f", for {audit.base.name}:")
     console.print(Text.assemble((v.kind.upper(), STYLES[v.kind]), end, (looked, "dim")), soft_wrap=True)
@@ -43,6 +44,12 @@ def show(audit: Audit, console: Console) -> None:
         console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
     if audit.trial is not None:
         console.print(Text(_tried(audit), style="dim"), soft_wrap=True)
+    asked = audit.settings.get("answers", {})
+    if asked:
+        stop = f", stop tokens {', '.join(map(repr, asked['stop_tokens']))}" if asked["stop_tokens"] else ""
+        at = f"temperature {asked['temperature']:g}, up to {asked['max_tokens']:,} tokens"
+        said = f"asked with template {asked['template']!r}{stop}, {at}"
+        console.print(Text(said, style="dim"), soft_wrap=True)
 
 
 def _tried(audit: Audit) -> str:

@@ -2,7 +2,7 @@
 
     findings = judge(anatomy, precision, weights, forward, backward)
     plan = remedied(precision, findings)                 the same plan with every remedy in it, or the plan itself
-    verdict_of(first, left, trial)                       safe, safe with ..., unsafe
+    verdict_of(precision, plan, cured, left, trial)      safe, safe with ..., unsafe
 
 A remedy is a key of the recipe's `[precision]` table. What each is for:
 
@@ -11,6 +11,7 @@ A remedy is a key of the recipe's `[precision]` table. What each is for:
     fp32 = [module]        what is inside a module does not fit, and its input and output do
     loss_scale             gradients fit, at another loss scale than the plan starts with
     reduce = "fp32"        sums of gradients in FP16 grow with a step's answers, of which an audit sees a few
+    router = "fp32"        a mixture that chooses other experts in 16 bits
     none                   weights: their 16-bit copy itself is wrong, whatever is computed with it
 
 A remedy that did not help is followed by a stronger one (the whole layer in FP32), then by none.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tenbit.loss_scale import LARGEST_SCALE
@@ -34,6 +35,18 @@ from tenbit.studies.audit_weights import Weight
 HEADROOM = 4.0
 """Activations must stay this far below the largest number: the audit saw some prompts, and training moves weights."""
 
+
+@dataclass(frozen=True)
+class Stretch:
+    """Where a run's answers may be longer than those that were seen: gradients may be so many times smaller (`low`), or
+    larger (`high`), both powers of two."""
+
+    low: float = 1.0
+    high: float = 1.0
+
+
+AS_SEEN = Stretch()
+
 Kind = Literal["weights", "forward", "stream", "logits", "gradient", "sums"]
 
 
@@ -41,7 +54,7 @@ Kind = Literal["weights", "forward", "stream", "logits", "gradient", "sums"]
 class Remedy:
     """A key of `[precision]` with its value. Values of `fp32` add up; of `residual_scale` the smallest is taken."""
 
-    key: Literal["head", "fp32", "residual_scale", "loss_scale", "reduce"]
+    key: Literal["head", "fp32", "residual_scale", "loss_scale", "reduce", "router"]
     value: Any
 
     @property
@@ -88,12 +101,13 @@ def judge(
     weights: Sequence[Weight],
     forward: Mapping[Place, Range],
     backward: Mapping[Place, Histogram],
+    stretch: Stretch = AS_SEEN,
 ) -> list[Finding]:
     """Everything that does not fit under this plan, weights first."""
     found = [f for w in weights if (f := _judge_weight(w)) is not None]
     found += _judge_forward(anatomy, precision, forward)
     found += _judge_sums(precision)
-    return found + _judge_backward(anatomy, precision, backward)
+    return found + _judge_backward(anatomy, precision, backward, stretch)
 
 
 def _judge_sums(precision: Precision) -> list[Finding]:
@@ -112,7 +126,7 @@ def _judge_weight(w: Weight) -> Finding | None:
     if w.overflowed:
         what = f"{w.overflowed:,} of {w.count:,} weights become inf in {w.format}; the largest is {w.largest:.3g}"
         return Finding("weights", w.name, what, True, None)
-    if w.lossy:
+    if w.lossy and not w.harmless:
         what = (
             f"the cast to {w.format} takes {w.rms_error:.1%} of the tensor's norm: {w.flushed:,} of {w.count:,} "
             f"weights become zero, {w.subnormal:,} subnormal"
@@ -140,6 +154,8 @@ def _judge_forward(anatomy: Anatomy, precision: Precision, forward: Mapping[Plac
 def _called(place: Place, anatomy: Anatomy, forward: Mapping[Place, Range]) -> str:
     if place.kind == "logits":
         return "the head's product"
+    if place.kind == "table":
+        return "the embedding of some token"
     if place.kind in ("product", "scores"):
         return "query times key" if place.kind == "product" else "an attention score"
     if is_stream(place, anatomy, forward):
@@ -171,18 +187,23 @@ def _widened(place: Place, anatomy: Anatomy, precision: Precision) -> Remedy | N
     return Remedy("fp32", (part if inside and part not in precision.fp32 else layer,))
 
 
-def window_of(anatomy: Anatomy, precision: Precision, backward: Mapping[Place, Histogram]) -> Window:
+def window_of(
+    anatomy: Anatomy, precision: Precision, backward: Mapping[Place, Histogram], stretch: Stretch = AS_SEEN
+) -> Window:
     """Loss scales for what the plan holds in the training format."""
     held = {p: h for p, h in backward.items() if not is_wide(p, precision, anatomy)}
-    return window(held, loss_share(precision.compute))
+    found = window(held, loss_share(precision.compute))
+    return replace(found, low=found.low * stretch.low, high=found.high / stretch.high)
 
 
-def _judge_backward(anatomy: Anatomy, precision: Precision, backward: Mapping[Place, Histogram]) -> list[Finding]:
+def _judge_backward(
+    anatomy: Anatomy, precision: Precision, backward: Mapping[Place, Histogram], stretch: Stretch
+) -> list[Finding]:
     for place, h in backward.items():
         if h.not_finite:
             what = f"{h.not_finite:,} gradients are inf or NaN in FP32"
             return [Finding("gradient", place.module, what, True, None, place)]
-    found = window_of(anatomy, precision, backward)
+    found = window_of(anatomy, precision, backward, stretch)
     if found.high_at is None:
         return []
     low_at, high_at = found.low_at or found.high_at, found.high_at
@@ -230,9 +251,29 @@ def _inside(place: Place, anatomy: Anatomy, precision: Precision) -> Remedy | No
     return Remedy("fp32", (part,))
 
 
-def drifted(anatomy: Anatomy, trial: Trial) -> Finding:
-    """All is finite and too far from FP32. What rounding moves most directly is logits that are large."""
-    return Finding("logits", anatomy.head, trial.failed, False, Remedy("head", "fp32"))
+def steadier(anatomy: Anatomy, precision: Precision, forward: Mapping[Place, Range]) -> list[tuple[str, Remedy]]:
+    """What the plan has to offer where all is finite and too far from FP32, each with the module that it is about.
+
+    Cheapest first: large logits are what rounding moves most directly; then a mixture's choices, then attention and
+    MLPs of all layers.
+    """
+    if precision.compute == precision.rollout == precision.master:
+        return []
+    found: list[tuple[str, Remedy]] = []
+    if precision.head == "model":
+        found.append((anatomy.head, Remedy("head", "fp32")))
+    if precision.router == "model" and anatomy.routers:
+        found.append((min(anatomy.routers), Remedy("router", "fp32")))
+    kinds: dict[str, list[str]] = {}
+    for part in dict.fromkeys(filter(None, (anatomy.part_of(place.module) for place in forward))):
+        if part not in anatomy.norms and not is_wide(Place(f"{part}.any", "output"), precision, anatomy):
+            kinds.setdefault(part.rpartition(".")[2], []).append(part)
+    return found + [(parts[0], Remedy("fp32", tuple(parts))) for parts in kinds.values()]
+
+
+def drifted(where: str, remedy: Remedy, trial: Trial) -> Finding:
+    """All is finite and too far from FP32."""
+    return Finding("logits" if remedy.key == "head" else "forward", where, trial.failed or trial.rough, False, remedy)
 
 
 TURNS = (("head", "residual_scale", "reduce"), ("fp32",), ("loss_scale",))

@@ -39,6 +39,7 @@ class Weight:
     worst_error: float  # largest |cast(w) - w| / |w|
     rms_error: float  # norm of cast(w) - w over the norm of w
     unit: float  # epsilon / 2 of the format
+    harmless: bool = False  # lossy, but the model computes the same with it as it was cast
 
     @property
     def fits(self) -> bool:

@@ -8,16 +8,12 @@ the FP32 pass has said; but what a kernel holds between a module's input and out
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tenbit import algorithms
-from tenbit.algorithms import Algorithm
-from tenbit.batching import Row, collate, micro_batches
+from tenbit.batching import Row
 from tenbit.models.fit import fit_loaded
 from tenbit.models.loading import Model
 from tenbit.models.logprobs import Head, response_hidden, token_logprobs
@@ -27,37 +23,8 @@ from tenbit.studies.audit_anatomy import head_name
 from tenbit.studies.audit_backward import Backward
 from tenbit.studies.audit_forward import Forward, Place
 from tenbit.studies.audit_inside import inside_seen
+from tenbit.studies.audit_passes import batches_of, copied, flat_targets, loss_of
 from tenbit.types import Batch, Totals
-
-
-def batches_of(rows: Sequence[Row], budget: int, pad_token_id: int) -> list[tuple[list[int], Batch]]:
-    """(row indices, batch) a micro-batch."""
-    return [
-        (part, collate([rows[i] for i in part], pad_token_id))
-        for part in micro_batches([r.length for r in rows], budget)[0]
-    ]
-
-
-def copied(model: Model) -> Any:
-    """The FP32 module once more, on its device; the model itself is never changed."""
-    module: Any = copy.deepcopy(model.module)
-    return module.to(model.device)
-
-
-def flat_targets(batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Where the response's tokens are in ``[B, T]``, and which they are."""
-    row, t = batch.mask.nonzero(as_tuple=True)
-    return (row, t), batch.tokens[row, batch.prompt_length[row] + t]
-
-
-def loss_of(
-    how: Algorithm, flat: Tensor, at: tuple[Tensor, Tensor], batch: Batch, totals: Totals
-) -> tuple[Tensor, Tensor]:
-    """The algorithm's loss from log-probabilities of the response's tokens, and these as ``[B, T]``."""
-    logp = torch.zeros(batch.mask.shape, device=flat.device).index_put(at, flat)
-    if how.needs_old:
-        batch = batch.with_old(logp.detach())
-    return algorithms.loss(how, logp, batch, totals)[0], logp
 
 
 def first_bad(model: Model, recipe: Recipe, precision: Precision, rows: Sequence[Row], totals: Totals) -> Place | None:

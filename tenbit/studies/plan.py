@@ -223,10 +223,9 @@ def _samplers(recipe: Recipe, machine: Machine, shape: Shape) -> Iterator[Sample
     if engine == "torch":
         yield Sampler("torch")
     heads = shape.config.get_text_config().num_attention_heads
-    if recipe.lora is not None and recipe.lora.rollout == "adapter":  # the others take whole models
-        yield Sampler("vllm")
-        return
-    sizes = [t for t in (1, 2, 4, 8) if min(machine.gpus, machine.per_node) % t == 0 and heads % t == 0]
+    apart = recipe.lora is not None and recipe.lora.rollout == "adapter"  # which one GPU has to hold whole
+    most = 1 if apart else min(machine.gpus, machine.per_node)
+    sizes = [t for t in (1, 2, 4, 8) if most % t == 0 and heads % t == 0]
     for size in sizes:
         yield Sampler("vllm", size)
     for pool in _pools(machine):

@@ -92,12 +92,12 @@ def resident(shape: Shape, precision: Precision, trainer: Trainer, ranks: int) -
     """What one GPU holds of the training state at all times, also while the engine samples."""
     t, frozen, copy = shape.trained, shape.frozen, precision.copy_format.bytes
     if trainer.backend == "single":
-        held = [Part("FP32 masters", FP32 * t), Part("AdamW's moments", 2 * FP32 * t), Part(FROZEN, copy * frozen)]
+        held = [Part("FP32 masters", FP32 * t), Part("AdamW's moments", 2 * FP32 * t), *_frozen(copy * frozen)]
         return [*held, Part("16-bit copy", copy * t)] if precision.has_copy else held
     share = _share(t, ranks)
     state = [Part("FP32 masters", FP32 * share), Part("AdamW's moments", 2 * FP32 * share)]
     if trainer.backend == "fsdp":
-        state.append(Part(FROZEN, copy * _share(frozen, ranks)))
+        state += _frozen(copy * _share(frozen, ranks))
     if trainer.offload:
         state = []
     if trainer.backend == "deepspeed":
@@ -106,6 +106,10 @@ def resident(shape: Shape, precision: Precision, trainer: Trainer, ranks: int) -
         if trainer.stage == 3:  # made once and never freed
             state += [gradients(shape, precision, trainer, ranks), _bucket(shape, precision)]
     return state
+
+
+def _frozen(size: int) -> list[Part]:
+    return [Part(FROZEN, size)] if size else []
 
 
 def gradients(shape: Shape, precision: Precision, trainer: Trainer, ranks: int) -> Part:
@@ -193,17 +197,27 @@ def host(shape: Shape, recipe: Recipe, trainer: Trainer, sampler: Sampler, ranks
         parts.append(Part("masters, moments, gradients", state + FP32 * shape.trained * here // ranks))
         if trainer.backend == "fsdp":
             parts.append(Part(FROZEN, recipe.precision.copy_format.bytes * shape.frozen * here // ranks))
-    if recipe.lora is not None and recipe.lora.rollout == "adapter" and sampler.engine == "vllm":  # sent once, so kept
-        asleep = recipe.precision.rollout.bytes * shape.parameters * here if recipe.rollout.vllm.sleep else 0
-        parts.append(Part("engines' weights, asleep", asleep))
+    apart, ahead = recipe.lora is not None and recipe.lora.rollout == "adapter", recipe.rollout.ahead
+    if apart and sampler.engine == "vllm" and recipe.rollout.vllm.sleep:  # sent once, so kept
+        asleep = _asleep_here(sampler, ranks, per_node, here, ahead)
+        parts.append(Part("engines' weights, asleep", recipe.precision.rollout.bytes * shape.parameters * asleep))
     if sampler.pool:
-        ahead, sync = recipe.rollout.ahead, recipe.precision.sync.bytes
-        versions = 2 + ahead if ahead else 1
-        parts.append(Part("Ray's object store: weights", versions * sync * shape.parameters))
+        sync, versions = recipe.precision.sync.bytes, 2 + ahead if ahead else 1
+        if apart:
+            parts.append(Part("Ray's object store: frozen weights", sync * shape.frozen))
+        each = shape.trained if apart else shape.parameters
+        parts.append(Part("Ray's object store: weights", versions * sync * each))
         if ahead:  # to score again what older weights sampled, and to come back
             own = recipe.precision.copy_format.bytes * shape.trained * here // ranks
             parts.append(Part("copies of the weights, ahead", (ahead + 2) * own))
     return parts
+
+
+def _asleep_here(sampler: Sampler, ranks: int, per_node: int, here: int, ahead: int) -> int:
+    """Engines of the first node that sleep while training goes on; those of a pool only if nothing is sampled ahead."""
+    if not sampler.pool:
+        return here
+    return 0 if ahead or ranks + sampler.pool > per_node else sampler.pool
 
 
 def checkpoint_bytes(shape: Shape) -> int:

@@ -1,7 +1,7 @@
 """What a model weighs, found without its weights: parameters on the meta device, activations on fake tensors.
 
     shape = Shape.of(find_config(recipe.model))        14.77e9 parameters, 40 layers, 160 KiB of cache a token
-    use = measure(config, precision, spec, 22528)       bytes that one micro-batch's forward and backward need
+    use = measure(config, precision, spec, 22528, True)    bytes that one micro-batch's forward and backward need
 
 Parameters are counted exactly: the architecture's own class is made on the meta device. Activations are not a formula
 either: the same class runs a micro-batch forward and backward in torch's FakeTensorMode, which carries shapes and
@@ -31,6 +31,7 @@ from tenbit.models.logprobs import CHUNK_ELEMENTS, Head
 from tenbit.models.lora import Adapter
 from tenbit.precision import Format, Precision
 from tenbit.recipe import ModelSpec
+from tenbit.rehearsal import out_of_reach
 
 SHAPES = Path(__file__).parents[1] / "models" / "shapes"
 # Under sdpa's own name the library would make an L x L mask here: it cannot look into fake tensors to see that training
@@ -60,6 +61,8 @@ def find_config(path: str) -> tuple[Any, str]:
             return AutoConfig.from_pretrained(place, local_files_only=True), f"{path}, from the local cache"
     if shape is not None:
         return _read(str(shape), path), f"the shape of {shape.stem} that comes with tenbit"
+    if why := out_of_reach(place):
+        raise _not_read(path, f"the hub cannot be reached: {why}")
     return _read(place, path), f"{path}, from the hub"
 
 
@@ -67,11 +70,14 @@ def _read(place: str, path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError, ImportError) as error:
-        known = ", ".join(shipped())
-        raise ValueError(
-            f"model.path = {path!r}: no config.json could be read there ({str(error).strip().splitlines()[0]}). Name a "
-            f"model folder, a model of the Hugging Face hub, or one whose shape comes with tenbit: {known}"
-        ) from None
+        raise _not_read(path, str(error).strip().splitlines()[0]) from None
+
+
+def _not_read(path: str, why: str) -> ValueError:
+    return ValueError(
+        f"model.path = {path!r}: no config.json could be read there ({why}). Name a model folder, a model of the "
+        f"Hugging Face hub, or one whose shape comes with tenbit: {', '.join(shipped())}"
+    )
 
 
 @dataclass(frozen=True)

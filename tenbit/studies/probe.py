@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from tenbit.prompts import Asked
 from tenbit.recipe import Recipe
 from tenbit.rollout import seed_of
 from tenbit.scoring import Scored, sample, score, train_logps
+from tenbit.studies.folders import Note
 from tenbit.studies.probe_measures import LEVEL, Measure, Table, finite, ratios, resamples, worst
 from tenbit.studies.probe_rows import Recorded
 from tenbit.types import Completion, Overflow, Prompt, merge
@@ -33,8 +34,6 @@ SCHEMA = "tenbit.probe/1"
 WORST, BEFORE = 20, 40  # tokens that are listed, and tokens of context before each
 RECORDED = "recorded"
 SAME_TRAINER = 0.1  # of the gap: two trainers that differ by no more give the same attribution
-
-Note = Callable[[str], None]
 
 
 class Unmeasurable(ValueError):

@@ -10,8 +10,8 @@ run's data, template and sampling unless an option says otherwise. A message nam
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tenbit.studies.options import said_in_options
 PROMPTS, SAMPLES = 32, 4
 LONGEST = 1024  # tokens of a response where nothing says otherwise, or half of the model's context
 PRECISIONS = "fp16,bf16"
+OWN_KEYS = ("head", "router", "fp32", "residual_scale")  # of a precision plan: how the model computes, in any format
 OPTIONS = {
     "model.path": "MODEL",
     "task.data": "--data",
@@ -44,6 +45,7 @@ class Plan:
     recipe: Recipe
     precisions: tuple[Precision, ...]
     longest_given: bool
+    taken: Mapping[str, Any] = field(default_factory=dict)  # keys of the precision plan that a run brought
 
     def open(self) -> tuple[loading.Model, list[Asked], Plan]:
         """Loads model and problems. Raises ValueError for what does not fit together."""
@@ -53,6 +55,14 @@ class Plan:
             task, longest = plan.recipe.task, plan.recipe.rollout.max_tokens
             asked = ask(task.data, plan.recipe, model, longest, task.limit)
         return model, asked, plan
+
+    @property
+    def notes(self) -> list[str]:
+        """What was taken from a run and is not on the command line."""
+        if not self.taken:
+            return []
+        keys = ", ".join(f"{k} = {list(v) if isinstance(v, tuple) else v!r}" for k, v in self.taken.items())
+        return [f"the precision plan has the run's own keys: {keys}. --precision leaves them out"]
 
     def with_longest(self, tokens: int) -> Plan:
         rollout = self.recipe.rollout.model_copy(update={"max_tokens": max(1, tokens)})
@@ -79,7 +89,8 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
 
 def _with_keys(precision: Precision, overrides: Sequence[str], command: str) -> Precision:
     """A plan with keys of it as they were given, ``precision.head=fp32``; they hold for every plan that is compared."""
-    tree: dict[str, Any] = {"precision": precision.name}
+    keys = {key: getattr(precision, key) for key in OWN_KEYS}
+    tree: dict[str, Any] = {"precision": {"preset": precision.name, **keys}}
     for item in overrides:
         if not item.partition("=")[0].strip().startswith("precision."):
             raise ValueError(f"{item!r}: write --precision instead, and here keys of it, such as precision.head=fp32")
@@ -133,10 +144,21 @@ def make_plan(
             override(tree, item)
     longest_given = "max_tokens" in tree["rollout"]
     tree["rollout"].setdefault("max_tokens", LONGEST)
-    precisions = tuple(_with_keys(p, inside, command) for p in parse_precisions(precision or PRECISIONS))
+    taken = keys_of_run(model) if precision is None else {}
+    plans = [Precision.parse({"preset": p.name, **taken}) for p in parse_precisions(precision or PRECISIONS)]
+    precisions = tuple(_with_keys(p, inside, command) for p in plans)
     with said_in_options(OPTIONS):
         recipe = Recipe.of(tree, command)
-        return Plan(recipe, precisions, longest_given)
+        return Plan(recipe, precisions, longest_given, taken)
+
+
+def keys_of_run(model: str) -> dict[str, Any]:
+    """How a run's model computes, where that is not what every model does: keys that hold in any format."""
+    file = Path(model).expanduser() / "recipe.toml"
+    if not file.is_file():
+        return {}
+    own, plain = Recipe.load(file).precision, Precision.parse("fp16")
+    return {key: getattr(own, key) for key in OWN_KEYS if getattr(own, key) != getattr(plain, key)}
 
 
 def _defaults(model: str) -> dict[str, Any]:

@@ -8,19 +8,16 @@ dies in its attribution, loses no sampling: `tenbit probe --from OUT/probe.jsonl
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from tenbit.console import default_console
-from tenbit.folder import holds_something, make_folder
+from tenbit.folder import make_folder
 from tenbit.models import loading
 from tenbit.precision import Format, Precision
 from tenbit.recipe import Recipe
@@ -29,23 +26,12 @@ from tenbit.report.probe_screen import show
 from tenbit.report.probe_words import verdict
 from tenbit.runlog import write_atomic
 from tenbit.studies import probe as study_of
+from tenbit.studies.folders import Note, free_folder, noter
 from tenbit.studies.options import said_in_options
 from tenbit.studies.probe import Pair, Study, chosen_prompts
 from tenbit.studies.probe_plan import OPTIONS, Plan, make_plan
 from tenbit.studies.probe_rows import Recorded, read_rows, write_rows
 from tenbit.types import Overflow
-
-
-def free_folder(out: Path | None) -> Path:
-    """`out`, or runs/probe, runs/probe-2, ...: a new or empty folder. Nothing is made yet."""
-    if out is None:
-        others = (Path("runs", f"probe-{n}") for n in itertools.count(2))
-        out = next(p for p in itertools.chain([Path("runs", "probe")], others) if not p.exists())
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: this is a file. Name a folder")
-    if holds_something(out):
-        raise ValueError(f"--out {out}: the folder is not empty. Name another one")
-    return out
 
 
 def probe_command(
@@ -83,18 +69,20 @@ def probe_command(
     return run_recorded(rows_file, plan, rescore, out, attribute, console, limit, seed or 0, temperature)
 
 
-def run(plan: Plan, out: Path | None, attribute: bool, console: Console) -> Study:
+def run(plan: Plan, out: Path | None = None, attribute: bool = False, console: Console | None = None) -> Study:
     """Samples, scores, measures and writes. Raises ValueError if not one pair of formats can be measured."""
-    folder = free_folder(out)
+    folder = free_folder(out, "probe")
     model, asked, plan = plan.open()
     recipe = plan.recipe
     prompts = chosen_prompts(recipe, asked)
     study = Study(settings_of(plan, model, len(prompts)), recipe.algorithm.build().cap, recipe.seed)
     study.tokenizer = model.tokenizer
+    study.notes += plan.notes
     if len(asked) < recipe.rollout.prompts:
         study.notes.append(f"{recipe.task.data} has only {len(asked)} problems; --prompts asked for more")
     make_folder(folder)
-    note = _noter(console)
+    console = console or default_console()
+    note = noter(console)
     with said_in_options(OPTIONS):
         found = study_of.probe(study, recipe, model, plan.precisions, prompts, note)
         _collect(study, found, folder, [p.name for p in plan.precisions])
@@ -119,7 +107,7 @@ def run_recorded(
     Rows with both log-probabilities are measured as they are. Rows that lack the trainer's need the model and are
     scored in each of the plan's formats; `rescore` has every row scored.
     """
-    folder = free_folder(out)
+    folder = free_folder(out, "probe")
     model = None
     if plan is not None:
         with said_in_options(OPTIONS):
@@ -131,14 +119,14 @@ def run_recorded(
             f"{rows_file}: {lacking} of {len(read.rows)} rows have no 'logp_train'. Add it, or name the model whose "
             "weights sampled them with --model, to have them scored here"
         )
-    study = Study(_recorded_settings(rows_file, plan), 3.0, seed, notes=list(read.notes))
+    study = Study(_recorded_settings(rows_file, plan), 3.0, seed, notes=[*(plan.notes if plan else []), *read.notes])
     study.tokenizer = model.tokenizer if model else None
     rows = [_heated(r, temperature) for r in read.rows]
     study.notes += _oddities(rows)
     if model is not None and (lacking or rescore or attribute):
         _refuse_long(rows, model)
     make_folder(folder)
-    note = _noter(console)
+    note = noter(console)
     _collect(study, study_of.recorded_pairs(study, rows), folder, [])
     if plan is not None and model is not None and (lacking or rescore):
         formats = list({p.compute: p for p in plan.precisions}.values())
@@ -210,7 +198,7 @@ def _attribute(
     recipe: Recipe,
     model: loading.Model,
     folder: Path,
-    note: study_of.Note,
+    note: Note,
     formats: Sequence[Precision] = (),
 ) -> None:
     """Splits the gap of every pair that has a plan; of recorded ones by the first format that was asked for.
@@ -243,8 +231,13 @@ def _attribute(
 
 def _finish(study: Study, folder: Path, console: Console) -> Study:
     if not study.pairs:
-        why = "; ".join(f"{name}: {text}" for name, text in study.left_out.items())
-        remedy = "Look at how the rows were written" if study.settings["source"] else "Try --precision bf16 or fp32"
+        why = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in study.left_out.items())
+        remedy = (
+            "Look at how the rows were written"
+            if study.settings["source"]
+            else "Try --precision bf16 or fp32, or let `tenbit audit` name the key that helps, such as "
+            "precision.residual_scale or precision.fp32"
+        )
         raise ValueError(f"no precision could be measured. {why}. {remedy}")
     for pair in study.pairs:
         if pair.left_out:
@@ -302,12 +295,3 @@ def _refuse_long(rows: Sequence[Recorded], model: loading.Model) -> None:
                 f"{row.where}: prompt and response have {length} tokens, more than the model's context of "
                 f"{model.context}. Leave out padding and such rows, and check --model"
             )
-
-
-def _noter(console: Console) -> study_of.Note:
-    began = time.perf_counter()
-
-    def note(text: str) -> None:
-        console.print(Text.assemble((f"{time.perf_counter() - began:6.1f} s  ", "dim"), text), soft_wrap=True)
-
-    return note
