@@ -95,3 +95,15 @@ def model_folder(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One local Ray cluster for the engines and runs of a module, which find it joined already."""
+    import ray
+
+    from tenbit.engines import ray_cluster
+
+    ray_cluster.join(ray, 4, 300 << 20)
+    yield
+    ray_cluster.leave(ray)

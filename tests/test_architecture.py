@@ -21,7 +21,7 @@ def relative(path: Path) -> str:
 
 
 FLOORS: list[set[str]] = [
-    {"types", "world", "native", "vigil", "blame"},
+    {"types", "world", "native", "vigil", "blame", "closing"},
     {"precision", "rounding", "loss_scale", "algorithms", "advantages", "mismatch", "routing", "batching"},
     {"keys", "signals", "lora_spec", "recipe", "models", "tasks"},
     {"engines", "backends"},

@@ -86,14 +86,6 @@ def pids(engine) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """One local cluster for the engines of this module, which find it joined already."""
-    ray_cluster.join(ray, 4, 300 << 20)
-    yield
-    ray_cluster.leave(ray)
-
-
-@pytest.fixture(scope="module")
 def engine(cluster, model):
     with make_engine(spec(restarts=100), model, PLAN) as engine:
         yield engine

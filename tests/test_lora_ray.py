@@ -31,7 +31,6 @@ from test_sampler import TREE, LocalPool, command, go, killing, lagging, rows, v
 from tenbit import Recipe
 from tenbit import run as run_module
 from tenbit.backends.choose import make_backend
-from tenbit.engines import ray_cluster
 from tenbit.engines.choose import make_engine
 from tenbit.engines.ray_worker import Order, Worker, pack
 from tenbit.lora_spec import LoraSpec
@@ -49,14 +48,6 @@ STEPS = 5
 FP32 = Precision.parse("fp32")
 SAMPLING = Sampling(24, stop_token_ids=(256,))
 LORA = {"rank": 4, "alpha": 8, "rollout": "adapter"}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """One local cluster for the engines and runs of this module, which find it joined already."""
-    ray_cluster.join(ray, 4, 300 << 20)
-    yield
-    ray_cluster.leave(ray)
 
 
 @pytest.fixture(scope="module")

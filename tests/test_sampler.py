@@ -27,14 +27,12 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("ray", reason="pip install 'tenbit[ray]'")
 
-import ray
 from ranks import launch
 from test_loop import saved_tensors
 
 from tenbit import Recipe, mismatch, train
 from tenbit import run as run_module
 from tenbit.backends.single import SingleBackend
-from tenbit.engines import ray_cluster
 from tenbit.engines.choose import make_engine
 from tenbit.engines.ray import RayEngine
 from tenbit.loop import Interrupted
@@ -587,14 +585,6 @@ def test_stopped_at_once_while_it_waits(recipe, local, samplers, tmp_path):
 
 
 # --- on Ray
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """One local cluster for the runs of this process, which find it joined already."""
-    ray_cluster.join(ray, 4, 300 << 20)
-    yield
-    ray_cluster.leave(ray)
 
 
 @pytest.fixture

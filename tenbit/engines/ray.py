@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenbit.engines import Closing, Engine, ray_cluster
+from tenbit.closing import Closing
+from tenbit.engines import Engine, ray_cluster
 from tenbit.engines import sampling as sampler
 from tenbit.engines.ray_pool import Pool, Seat, Task, Weights
 from tenbit.engines.ray_worker import BUCKET, Bucket, Order, Worker, pack
@@ -297,8 +298,7 @@ def _without_adapter(
 def _needed_gpus(rollout: RolloutSpec) -> float:
     if rollout.ray.engine != "vllm":
         return 1.0
-    parts = (rollout.vllm.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-    return float(math.prod(int(n) for n in parts))
+    return float(rollout.vllm.parallel("tensor") * rollout.vllm.parallel("pipeline"))
 
 
 def _shown(resources: dict[str, float]) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from tenbit import world
-from tenbit.engines import Closing, Engine
+from tenbit.closing import Closing
+from tenbit.engines import Engine
 from tenbit.engines.vllm_ranks import team_size
 from tenbit.recipe import RolloutSpec
 from tenbit.types import Completion, EngineFailed, Prompt, Sampling, Share

@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from tenbit.engines import Closing, compiled, continuous, native
+from tenbit.closing import Closing
+from tenbit.engines import compiled, continuous, native
 from tenbit.engines import sampling as sampler
 from tenbit.engines.generic import GenericRunner
 from tenbit.engines.llama import LlamaRunner, unsupported

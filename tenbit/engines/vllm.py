@@ -31,8 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tenbit import world
-from tenbit.engines import Closing, vllm_fit
+from tenbit.closing import Closing
 from tenbit.engines import sampling as sampler
+from tenbit.engines import vllm_fit
 from tenbit.engines.delivery import Report, Sent, checksum, compare, formats
 from tenbit.engines.vllm_experts import Routing
 from tenbit.engines.vllm_lora import Apart

@@ -219,8 +219,7 @@ def _pools(machine: Machine) -> list[int]:
 
 def _samplers(recipe: Recipe, machine: Machine, shape: Shape) -> Iterator[Sampler]:
     rollout = recipe.rollout
-    engine = rollout.ray.engine if rollout.engine == "ray" else rollout.engine
-    if engine == "torch":
+    if rollout.kind == "torch":
         yield Sampler("torch")
     heads = shape.config.get_text_config().num_attention_heads
     apart = recipe.lora is not None and recipe.lora.rollout == "adapter"  # which one GPU has to hold whole

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from tenbit.closing import Closing
 from tenbit.tasks.answers import final_answer, last_boxed, references, same
 from tenbit.tasks.worker_pool import Outcome, Pool
 from tenbit.types import Problem
@@ -68,21 +69,7 @@ class Grader(Protocol):
     ) -> None: ...
 
 
-class _Closing:
-    """A context manager by `close`."""
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class ExactGrader(_Closing):
+class ExactGrader(Closing):
     r"""Right when the last closed ``\boxed{...}`` is an accepted answer, as normalised text or numeral."""
 
     def __init__(self) -> None:
@@ -97,7 +84,7 @@ class ExactGrader(_Closing):
         return boxed is not None and any(same(reference, boxed) for reference in references(problem.answer))
 
 
-class MathGrader(_Closing):
+class MathGrader(Closing):
     """Right when the response's `final_answer` is an accepted answer: equal as text, as a numeral, or to Math-Verify.
 
     Only what text cannot settle reaches a worker, and the same question only once per call.
@@ -154,7 +141,7 @@ class MathGrader(_Closing):
         self._pool.close()
 
 
-class FunctionGrader(_Closing):
+class FunctionGrader(Closing):
     """A user's ``module:function``, imported once per worker and called as ``function(problem, text)``.
 
     Raises ValueError when it cannot be imported, and when it returns something that is no finite number.
